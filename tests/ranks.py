@@ -1,0 +1,108 @@
+"""Persistent gloo ranks for tests: importing torch and Megatron takes seconds, a process group milliseconds.
+
+A pool of worker processes is started once per test session. ``run_ranks(n, function, *args)`` runs a module-level
+``function(rank, world_size, *args)`` on the first ``n`` of them, inside a default process group made for that call,
+and returns their results in rank order. A failing rank fails the call with that rank's traceback; the pool is then
+replaced, because its peers may still hang in a collective.
+"""
+
+import multiprocessing as mp
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+LONGEST_CALL_SECONDS = 300
+
+
+def _worker(rank: int, connection: Connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        job = connection.recv()
+        if job is None:
+            return
+        function, args, world_size, store = job
+        try:
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+            result = function(rank, world_size, *args)
+            dist.barrier()
+            connection.send((True, result))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+class RankPool:
+    """Worker processes that live as long as the test session."""
+
+    def __init__(self) -> None:
+        self._context = mp.get_context("spawn")
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def _grow_to(self, size: int) -> None:
+        while len(self._workers) < size:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_worker, args=(len(self._workers), theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Results of ``function(rank, world_size, *args)`` for every rank, in rank order."""
+        self._grow_to(world_size)
+        with tempfile.TemporaryDirectory() as folder:
+            active = self._workers[:world_size]
+            for _, connection in active:
+                connection.send((function, args, world_size, f"{folder}/store"))
+            return self._collect(active)
+
+    def _collect(self, active: list[tuple[Any, Connection]]) -> list[Any]:
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + LONGEST_CALL_SECONDS
+        pending = {connection: rank for rank, (_, connection) in enumerate(active)}
+        while pending:
+            ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self.close()
+                raise TimeoutError(f"ranks {sorted(pending.values())} gave no answer in {LONGEST_CALL_SECONDS} s")
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                rank = pending.pop(connection)
+                try:
+                    passed, result = connection.recv()
+                except EOFError:
+                    passed, result = False, "the process died"
+                if not passed:
+                    self.close()
+                    raise AssertionError(f"rank {rank} failed:\n{result}")
+                results[rank] = result
+        return [results[rank] for rank in range(len(active))]
+
+    def close(self) -> None:
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+            process.join()
+        self._workers.clear()
+
+
+_POOL = RankPool()
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Run ``function(rank, world_size, *args)`` on ``world_size`` persistent gloo ranks; results in rank order."""
+    return _POOL.run(world_size, function, *args)
+
+
+def close_ranks() -> None:
+    """End the pool's processes; pytest calls it when the session ends."""
+    _POOL.close()
