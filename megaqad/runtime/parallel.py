@@ -1,0 +1,169 @@
+"""Ranks laid out as tensor x pipeline x data parallel groups, and the handle by which all code reaches them.
+
+``initialize_parallel`` joins the ranks (started by torchrun, srun or ``launch.py``) and builds Megatron-Core's
+process groups. The returned ``ParallelContext`` is passed explicitly; nothing in megaqad asks a global for a group.
+"""
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megaqad.runtime.cpu import enable_cpu_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSizes:
+    """How a model and its batches are divided. Data parallel size is what remains of the world."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    sequence: bool = False
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that one copy of the model occupies."""
+        return self.tensor * self.pipeline * self.context
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelContext:
+    """This rank's place in the layout, with the process groups to talk over.
+
+    ``virtual_pipeline_sizes`` is None when every rank holds one chunk of layers, as Megatron-Core wants it.
+    """
+
+    sizes: ParallelSizes
+    groups: ProcessGroupCollection
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup:
+        return self.groups.tp
+
+    @property
+    def pipeline_group(self) -> dist.ProcessGroup:
+        return self.groups.pp
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        return self.groups.dp
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.groups.tp.rank()
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.groups.pp.rank()
+
+    @property
+    def data_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def data_size(self) -> int:
+        return self.groups.dp.size()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.sizes.pipeline - 1
+
+    @property
+    def is_main(self) -> bool:
+        """The rank that writes files and talks to the user."""
+        return self.rank == 0
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last pipeline stage of this rank's pipeline."""
+        return dist.get_global_rank(self.groups.pp, self.sizes.pipeline - 1)
+
+
+def local_device() -> torch.device:
+    """The device this rank computes on: its own GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def join_ranks(timeout_minutes: float = 30.0) -> None:
+    """Join the default process group from the RANK / WORLD_SIZE / MASTER_ADDR environment; alone without it."""
+    if dist.is_initialized():
+        return
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    alone = "RANK" not in os.environ
+    store = dist.HashStore() if alone else None
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=int(os.environ["RANK"]) if store else -1,
+        world_size=int(os.environ["WORLD_SIZE"]) if store else -1,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+    )
+
+
+def initialize_parallel(sizes: ParallelSizes, *, seed: int = 0) -> ParallelContext:
+    """Build the process groups of ``sizes`` over the default group (already joined) and seed every rank.
+
+    Model parallel ranks of one data parallel replica share the seed except where Megatron-Core's RNG tracker
+    must differ (tensor-parallel weight initialization).
+
+    Raises:
+        AssertionError: the world is not a multiple of ``sizes.model_ranks`` (config.py refuses this for users).
+    """
+    world_size = dist.get_world_size()
+    assert world_size % sizes.model_ranks == 0, f"{world_size} ranks do not divide into {sizes}"
+    if not torch.cuda.is_available():
+        enable_cpu_device()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        virtual_pipeline_model_parallel_size=sizes.virtual_pipeline if sizes.virtual_pipeline > 1 else None,
+        context_parallel_size=sizes.context,
+        expert_model_parallel_size=sizes.expert,
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return ParallelContext(
+        sizes=sizes,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        rank=dist.get_rank(),
+        world_size=world_size,
+        device=local_device(),
+    )
+
+
+def shutdown_parallel() -> None:
+    """Undo ``initialize_parallel``; the default process group stays."""
+    parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def parallel(sizes: ParallelSizes, *, seed: int = 0) -> Iterator[ParallelContext]:
+    """``initialize_parallel`` for the length of a ``with`` block."""
+    context = initialize_parallel(sizes, seed=seed)
+    try:
+        yield context
+    finally:
+        shutdown_parallel()
