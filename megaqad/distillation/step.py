@@ -1,0 +1,179 @@
+"""One training step: the teacher's pass, then the student's under its pipeline schedule, then the update.
+
+The teacher runs first, forward only, over the whole global batch, and leaves its last hidden states on the last
+stage, where the loss is computed. The student then runs under whatever schedule Megatron-Core chooses (1F1B,
+interleaved 1F1B) as in plain training; nothing of the teacher travels through its pipeline. A step costs one forward
+more than fine-tuning and ``tokens x hidden`` of memory on the last stage.
+
+The loss is a sum over tokens. Megatron-Core divides the gradient once by the number of unmasked tokens of the global
+batch (``calculate_per_token_loss``), so neither microbatches nor data-parallel ranks are averaged over.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megaqad.distillation.forward import flatten_tokens, forward_hidden
+from megaqad.losses import linear_cross_entropy, linear_kl
+from megaqad.models.causal_lm import CausalLM
+from megaqad.quantization import refresh_weights
+from megaqad.runtime.parallel import ParallelContext
+
+
+class Objective(Enum):
+    """What the student learns from."""
+
+    QAD = "qad"  # forward KL to the teacher's full distribution (arXiv 2601.20088)
+    QAT = "qat"  # cross entropy to the data's next token; also plain pretraining
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One microbatch of this data-parallel rank."""
+
+    tokens: Tensor  # int64 [b, s]
+    labels: Tensor  # int64 [b, s], global vocabulary ids
+    token_weights: Tensor  # float32 [b, s], 0 leaves a token out of the loss
+    teacher_hidden: Tensor | None = None  # [s(/tp), b, h] on the last stage of a QAD step
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did; the same on every rank."""
+
+    loss: float
+    """Mean over the unmasked tokens of the global batch."""
+    tokens: int
+    grad_norm: float
+    """L2 norm of the whole model's gradient before clipping."""
+    lr: float
+    updated: bool
+    """False when the optimizer refused the step."""
+
+
+class DistillationStep:
+    """A trainable student, its optimizer, and the frozen teacher it learns from."""
+
+    def __init__(
+        self,
+        student: Sequence[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        context: ParallelContext,
+        *,
+        objective: Objective,
+        teacher: Sequence[CausalLM] | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        """
+        Args:
+            student: this rank's chunks, wrapped in Megatron-Core's DDP, quantizers on and refreshed.
+            teacher: this rank's chunks of the frozen teacher in the same layout; required by ``Objective.QAD``.
+            temperature: of both distributions in the KL.
+        """
+        assert objective is not Objective.QAD or teacher is not None, "distillation needs a teacher"
+        self.student = list(student)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.context = context
+        self.objective = objective
+        self.teacher = list(teacher) if teacher is not None else []
+        self.temperature = temperature
+
+    def __call__(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+        """Train on one global batch, of which ``micro_batches`` is this data-parallel rank's share.
+
+        Collectives: the schedules', the gradient reduction, and one sum of two numbers over data-parallel ranks,
+        broadcast from the last stage.
+        """
+        prepared = self._with_teacher(micro_batches)
+        for chunk in self.student:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss, tokens = self._reduce(self._forward_backward(prepared))
+        updated, grad_norm, _ = self.optimizer.step()
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        self.scheduler.step(increment=1)
+        refresh_weights(self.student, self.context)
+        return StepResult(loss=loss, tokens=tokens, grad_norm=float(grad_norm or 0.0), lr=lr, updated=updated)
+
+    def _with_teacher(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Run the teacher pass and attach its hidden states where the loss is computed."""
+        if self.objective is not Objective.QAD:
+            return list(micro_batches)
+        hidden = forward_hidden(self.teacher, [batch.tokens for batch in micro_batches])
+        if not self.context.is_last_stage:
+            return list(micro_batches)
+        return [replace(batch, teacher_hidden=kept) for batch, kept in zip(micro_batches, hidden, strict=True)]
+
+    def _forward_backward(self, micro_batches: list[MicroBatch]) -> list[dict[str, Tensor]]:
+        iterators = [iter(micro_batches) for _ in self.student]
+        micro_batch_size, sequence_length = micro_batches[0].tokens.shape
+        return get_forward_backward_func()(  # type: ignore[no-any-return]
+            forward_step_func=self._forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.student,
+            num_microbatches=len(micro_batches),
+            seq_length=sequence_length,
+            micro_batch_size=micro_batch_size,
+            forward_only=False,
+        )
+
+    def _forward_step(self, batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
+        """What Megatron-Core's schedules call for each microbatch of each chunk."""
+        batch = next(batches)
+
+        def loss_of(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            loss = self._loss(hidden, model.module, batch)
+            tokens = batch.token_weights.count_nonzero()
+            return loss, tokens.int(), {"loss": torch.stack([loss.detach().double(), tokens.double()])}
+
+        return model(batch.tokens), loss_of
+
+    def _loss(self, hidden: Tensor, model: CausalLM, batch: MicroBatch) -> Tensor:
+        """Sum of the token losses. ``hidden``: [s(/tp), b, h] on the last stage."""
+        common = {
+            "token_weights": flatten_tokens(batch.token_weights),
+            "group": self.context.tensor_group,
+            "sequence_parallel": self.context.sizes.sequence,
+        }
+        if self.objective is Objective.QAT:
+            loss, _ = linear_cross_entropy(
+                hidden.flatten(0, 1),
+                model.head_weight(),
+                flatten_tokens(batch.labels),
+                vocab_start=model.vocab_start,
+                **common,
+            )
+            return loss
+        assert batch.teacher_hidden is not None
+        loss, _ = linear_kl(
+            hidden.flatten(0, 1),
+            model.head_weight(),
+            batch.teacher_hidden.flatten(0, 1),
+            self.teacher[-1].head_weight().detach(),
+            temperature=self.temperature,
+            **common,
+        )
+        return loss
+
+    def _reduce(self, per_micro_batch: list[dict[str, Tensor]]) -> tuple[float, int]:
+        """Mean loss and number of tokens of the global batch, on every rank."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.context.device)
+        if self.context.is_last_stage:
+            for entry in per_micro_batch:
+                total += entry["loss"]
+            dist.all_reduce(total, group=self.context.data_group)
+        if self.context.sizes.pipeline > 1:
+            dist.broadcast(total, self.context.last_stage_rank, group=self.context.pipeline_group)
+        loss, tokens = total.tolist()
+        return loss / max(tokens, 1.0), int(tokens)

@@ -1,0 +1,146 @@
+"""Recipes: which linear layers are quantized and how, by pattern on Hugging Face module names.
+
+A recipe says nothing about Megatron's layers or about sharding. Its patterns are shell-style (``fnmatch``) and are
+matched against full Hugging Face module names such as ``model.layers.3.self_attn.q_proj``. A module is quantized
+when an include pattern matches and no exclude pattern does. Modules that engines fuse into one GEMM (q/k/v, gate/up)
+share one global scale, so a recipe that treats them differently is refused.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal, get_args
+
+from megaqad.errors import UserError
+from megaqad.nvfp4 import BLOCK_SIZE
+
+Format = Literal["nvfp4", "none"]
+Backend = Literal["emulated"]
+
+
+@dataclass(frozen=True)
+class QuantizationSettings:
+    """Settings under ``quantization.``; a recipe file in ``conf/quantization`` fills them."""
+
+    weights: Format = "nvfp4"
+    """Format of the weights of the chosen layers."""
+
+    activations: Format = "nvfp4"
+    """Format of their inputs. ``none`` keeps them BF16 (weight-only, W4A16)."""
+
+    include: list[str] = field(default_factory=lambda: ["*"])
+    """Hugging Face module names to quantize, shell-style patterns."""
+
+    exclude: list[str] = field(default_factory=lambda: ["lm_head"])
+    """Module names to keep in BF16 although included."""
+
+    backend: Backend = "emulated"
+    """``emulated`` computes the NVFP4 function with BF16/FP32 GEMMs on any device."""
+
+    calibration_samples: int = 64
+    """Training sequences whose activations set the input scales."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("weights", self.weights), ("activations", self.activations)):
+            if value not in get_args(Format):
+                raise UserError(
+                    f"quantization.{name}={value} is unknown: choose one of {', '.join(get_args(Format))}"
+                )
+        if self.backend not in get_args(Backend):
+            raise UserError(
+                f"quantization.backend={self.backend} is unknown: choose one of {', '.join(get_args(Backend))}"
+            )
+        if self.weights == "none" and self.activations != "none":
+            raise UserError(
+                f"quantization.activations={self.activations} with quantization.weights=none has no engine kernel: "
+                "quantize the weights too, or neither (quantization=none)"
+            )
+        if self.calibration_samples < 1 and self.activations != "none":
+            raise UserError(
+                f"quantization.calibration_samples={self.calibration_samples} leaves the input scales unset: use 1 or more"
+            )
+
+
+@dataclass(frozen=True)
+class LinearFormat:
+    """How one linear layer is quantized."""
+
+    weights: Format
+    activations: Format
+
+
+class Recipe:
+    """The settings' patterns, resolved against the modules of one model."""
+
+    def __init__(self, settings: QuantizationSettings, hf_modules: Iterable[str]) -> None:
+        """
+        Args:
+            settings: the recipe.
+            hf_modules: names of every linear module of the model, ``lm_head`` included.
+
+        Raises:
+            UserError: a pattern that matches no module, or a module that cannot be quantized.
+        """
+        self.settings = settings
+        self.modules = tuple(hf_modules)
+        self.enabled = settings.weights != "none"
+        for key, patterns in (("include", settings.include), ("exclude", settings.exclude)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in self.modules):
+                    raise UserError(
+                        f"quantization.{key} pattern {pattern!r} matches no linear module of this model; "
+                        f"its modules are named like {self.modules[0]!r} and {self.modules[-1]!r}"
+                    )
+        if self.enabled and self.selects("lm_head"):
+            raise UserError("quantization of lm_head is not supported: add 'lm_head' to quantization.exclude")
+
+    def selects(self, hf_module: str) -> bool:
+        """Whether the recipe quantizes this module."""
+        return (
+            self.enabled
+            and any(fnmatchcase(hf_module, pattern) for pattern in self.settings.include)
+            and not any(fnmatchcase(hf_module, pattern) for pattern in self.settings.exclude)
+        )
+
+    def format_of(self, hf_modules: tuple[str, ...]) -> LinearFormat | None:
+        """Format of the layer that holds ``hf_modules`` fused; None keeps it BF16.
+
+        Raises:
+            UserError: the recipe wants some of the fused modules quantized and others not.
+        """
+        chosen = [name for name in hf_modules if self.selects(name)]
+        if not chosen:
+            return None
+        if len(chosen) != len(hf_modules):
+            kept = next(name for name in hf_modules if name not in chosen)
+            raise UserError(
+                f"the recipe quantizes {chosen[0]} but not {kept}; engines fuse them into one GEMM with one global "
+                "scale, so include or exclude them together"
+            )
+        return LinearFormat(self.settings.weights, self.settings.activations)
+
+    def quantized_modules(self) -> list[str]:
+        """Names of the quantized modules, in model order."""
+        return [name for name in self.modules if self.selects(name)]
+
+    def unquantized_modules(self) -> list[str]:
+        """Names of the linear modules kept in BF16, in model order."""
+        return [name for name in self.modules if not self.selects(name)]
+
+
+def check_contraction(name: str, size: int, tensor_parallel: int) -> None:
+    """Refuse a contraction size whose blocks of 16 would straddle tensor-parallel ranks.
+
+    Args:
+        name: Hugging Face module name, for the message.
+        size: contraction (input) size of the whole layer.
+        tensor_parallel: ranks that divide that dim; 1 for a column-parallel layer.
+
+    Raises:
+        UserError: ``size / tensor_parallel`` is not a multiple of 16.
+    """
+    if size % (BLOCK_SIZE * tensor_parallel):
+        raise UserError(
+            f"{name} has input size {size}, which does not divide into blocks of {BLOCK_SIZE} on {tensor_parallel} "
+            "tensor-parallel ranks: lower parallel.tensor or add the module to quantization.exclude"
+        )

@@ -1,0 +1,162 @@
+"""The quantizers of a whole model: calibrated together, refreshed together, measured together.
+
+Every scale is a maximum over all ranks that hold a part of the tensor, so a model gives the same bytes in any layout.
+The maxima of all layers travel in one all-reduce, not one per layer.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+
+from megaqad.errors import UserError
+from megaqad.models.build import LinearChoice
+from megaqad.models.families import LinearSite
+from megaqad.quantization.layers import (
+    NVFP4ColumnParallelLinear,
+    NVFP4RowParallelLinear,
+    QuantizedLinear,
+    QuantizerMode,
+)
+from megaqad.quantization.recipe import Recipe
+from megaqad.runtime.parallel import ParallelContext
+
+
+def linear_for(recipe: Recipe) -> LinearChoice:
+    """The function by which ``build_model`` asks which layer to put at a site."""
+
+    def choose(site: LinearSite) -> type | ModuleSpec:
+        quantization = recipe.format_of(site.hf_modules)
+        if quantization is None:
+            return ColumnParallelLinear if site.parallel == "column" else RowParallelLinear
+        layer = NVFP4ColumnParallelLinear if site.parallel == "column" else NVFP4RowParallelLinear
+        return ModuleSpec(module=layer, params={"site": site, "quantization": quantization})
+
+    return choose
+
+
+def quantized_linears(chunks: Sequence[torch.nn.Module]) -> Iterator[QuantizedLinear]:
+    """The quantized layers on this rank, in model order."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, NVFP4ColumnParallelLinear | NVFP4RowParallelLinear):
+                yield module
+
+
+def set_mode(chunks: Sequence[torch.nn.Module], mode: QuantizerMode) -> None:
+    """Put every quantized layer of this rank into ``mode``."""
+    for layer in quantized_linears(chunks):
+        layer.mode = mode
+
+
+def _maximum(values: list[Tensor], groups: Sequence[dist.ProcessGroup]) -> list[Tensor]:
+    """Element-wise maximum of float32 [] values over ``groups``: one all-reduce per group of more than one rank."""
+    if not values:
+        return []
+    stacked = torch.stack(values)
+    for group in groups:
+        if group.size() > 1:
+            dist.all_reduce(stacked, op=dist.ReduceOp.MAX, group=group)
+    return list(stacked.unbind())
+
+
+@torch.no_grad()
+def refresh_weights(chunks: Sequence[torch.nn.Module], context: ParallelContext) -> None:
+    """Quantize every weight for the coming forwards; call after loading and after each optimizer step.
+
+    Collective: one all-reduce (maximum) over the tensor-parallel group.
+    """
+    layers = list(quantized_linears(chunks))
+    amaxes = _maximum([layer.weight_amax() for layer in layers], [context.tensor_group])
+    for layer, amax in zip(layers, amaxes, strict=True):
+        layer.set_quantized_weight(amax)
+
+
+@torch.no_grad()
+def calibrate(
+    chunks: Sequence[torch.nn.Module], context: ParallelContext, run_forward: Callable[[], object]
+) -> None:
+    """Max calibration: run data through the unquantized model and keep each layer's largest absolute input.
+
+    Leaves the model in mode ON with its weights quantized.
+
+    Args:
+        run_forward: forwards the calibration batches through all pipeline stages of this rank.
+
+    Collectives: those of ``run_forward``, then one all-reduce (maximum) over the tensor-parallel group, which under
+    sequence parallelism and in row-parallel layers holds different inputs, and one over the data-parallel group.
+
+    Raises:
+        UserError: a layer saw no input, only zeros, NaN or Inf; the message names it.
+    """
+    set_mode(chunks, QuantizerMode.CALIBRATE)
+    for layer in quantized_linears(chunks):
+        layer.input_amax.zero_()
+    run_forward()
+    layers = list(quantized_linears(chunks))
+    reduced = _maximum([layer.input_amax for layer in layers], [context.tensor_group, context.data_group])
+    for layer, amax in zip(layers, reduced, strict=True):
+        value = amax.item()
+        if not 0.0 < value < float("inf"):
+            raise UserError(
+                f"calibration found a largest input of {value} at {layer.site.hf_modules[0]}; the input scale must be "
+                "positive and finite, check the checkpoint and the calibration data"
+            )
+        layer.input_amax.copy_(amax)
+    refresh_weights(chunks, context)
+    set_mode(chunks, QuantizerMode.ON)
+
+
+def input_amaxes(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
+    """Calibrated input amax by Hugging Face module name, for the layers on this rank."""
+    return {
+        name: layer.input_amax.item() for layer in quantized_linears(chunks) for name in layer.site.hf_modules
+    }
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What quantization does to one layer's weight."""
+
+    module: str
+    """Hugging Face module names, joined by a comma where one GEMM holds several."""
+    relative_error: float
+    """Frobenius norm of (quantized - weight) over that of the weight."""
+    bits: float
+    """Bits per weight, block scales included."""
+
+
+@torch.no_grad()
+def quantization_errors(chunks: Sequence[torch.nn.Module], context: ParallelContext) -> list[LayerError]:
+    """Weight error of every quantized layer of the model, in model order, the same on all ranks.
+
+    Collectives: one sum over the tensor-parallel group, one object gather over the pipeline group.
+    """
+    layers = list(quantized_linears(chunks))
+    local: list[LayerError] = []
+    if layers:
+        sums = torch.stack(
+            [
+                torch.stack(
+                    [
+                        (layer.quantized_weight.double() - layer.export_weight().double()).square().sum(),
+                        layer.export_weight().double().square().sum(),
+                    ]
+                )
+                for layer in layers
+            ]
+        )  # [layers, 2]
+        dist.all_reduce(sums, group=context.tensor_group)
+        errors = (sums[:, 0] / sums[:, 1].clamp_min(torch.finfo(torch.float64).tiny)).sqrt().tolist()
+        local = [
+            LayerError(", ".join(layer.site.hf_modules), error, 4.5)
+            for layer, error in zip(layers, errors, strict=True)
+        ]
+    keyed = [(layer.site.layer, position, error) for position, (layer, error) in enumerate(zip(layers, local, strict=True))]
+    gathered: list[list[tuple[int, int, LayerError]]] = [[] for _ in range(context.sizes.pipeline)]
+    dist.all_gather_object(gathered, keyed, group=context.pipeline_group)
+    return [error for _, _, error in sorted((row for rows in gathered for row in rows), key=lambda row: row[:2])]
