@@ -32,12 +32,14 @@ class Datasets:
     facts: TokenFacts
 
 
-def prepare_tokens(settings: DataSettings, *, model_dir: Path, seed: int) -> None:
+def prepare_tokens(settings: DataSettings, *, model_dir: Path) -> None:
     """Fill the token cache for `settings`; call it on one rank per machine before the others read.
 
     Errors: every `UserError` that the text, the tokenizer or the split can give.
     """
-    _arrays(settings, model_dir, seed)
+    split = split_files(settings)
+    if split.train or split.held_out:
+        text_tokens(split, model_dir)
 
 
 def build_datasets(settings: DataSettings, *, model_dir: Path, sequence_length: int, seed: int) -> Datasets:
@@ -46,8 +48,8 @@ def build_datasets(settings: DataSettings, *, model_dir: Path, sequence_length: 
     No collectives. Errors: `UserError` for text, tokenizer and split as in `prepare_tokens`, for fewer tokens than one
     sequence, and for tokens that the model's vocabulary does not have.
     """
-    arrays = _arrays(settings, model_dir, seed)
     vocabulary = vocabulary_size(model_dir)
+    arrays = _arrays(settings, model_dir, vocabulary, seed)
     if arrays.facts.largest_token >= vocabulary:
         raise UserError(
             f"the tokenizer in {model_dir} gave token {arrays.facts.largest_token}, but config.json has "
@@ -85,11 +87,10 @@ def vocabulary_size(model_dir: Path) -> int:
     return size
 
 
-def _arrays(settings: DataSettings, model_dir: Path, seed: int) -> TokenArrays:
+def _arrays(settings: DataSettings, model_dir: Path, vocabulary: int, seed: int) -> TokenArrays:
     split = split_files(settings)
     if settings.source != "random":
         return text_tokens(split, model_dir)
-    vocabulary = vocabulary_size(model_dir)
     train = _random_tokens(f"train {seed}", settings.max_train_tokens or RANDOM_TRAIN_TOKENS, vocabulary)
     if split.held_out:
         held_out = text_tokens(split, model_dir)

@@ -44,8 +44,11 @@ class SourceFile:
     path: Path
 
     def content(self) -> bytes:
-        """The bytes as they are on disk."""
-        return self.path.read_bytes()
+        """The bytes as they are on disk. Errors: `UserError` when the file cannot be read."""
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read ({error.strerror}): mend that or leave it out") from None
 
     def documents(self) -> Iterator[str]:
         """The texts in the file: one, or one per line of a .jsonl file.
@@ -129,11 +132,13 @@ def find_files(patterns: list[str], setting: str) -> tuple[SourceFile, ...]:
 
 
 def _expand(pattern: str) -> list[Path]:
+    """The files a pattern stands for; a directory's hidden files and folders (.git, .venv) are left out."""
     path = Path(pattern).expanduser()
     if path.is_file():
         return [path]
     if path.is_dir():
-        return [p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file()]
+        inside = [p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file()]
+        return [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     return [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
 
 

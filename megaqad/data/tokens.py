@@ -99,8 +99,8 @@ def load_tokenizer(model_dir: Path) -> Encoder:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the Rust tokenizers raise plain Exception for a broken file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the tokenizer in {model_dir} cannot be loaded ({reason}): copy the model's own") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {model_dir} has no end token: set eos_token in tokenizer_config.json")
@@ -140,6 +140,10 @@ def _tokenize(split: Split, tokenizer: Encoder) -> tuple[Tokens, Tokens, TokenFa
     else:
         train = _joined(_file_tokens(file, tokenizer) for file in split.train)
         validation = _joined(_file_tokens(file, tokenizer) for file in split.held_out)
+    for side, files, tokens in (("training", split.train, train), ("held-out", split.held_out, validation)):
+        if files and len(tokens) < 2:
+            others = f" and {len(files) - 1} others" if len(files) > 1 else ""
+            raise UserError(f"{files[0].path}{others} hold {len(tokens)} {side} tokens, too few: give more text")
     facts = TokenFacts(
         train_tokens=len(train),
         train_files=len(split.train),
