@@ -1,0 +1,172 @@
+"""From a description to Megatron-Core chunks: configuration, layer specs, one ``CausalLM`` per virtual stage.
+
+Read top to bottom: ``transformer_config`` says how the model computes and is divided, ``layer_spec`` what a layer is
+made of, ``build_model`` puts the layers of this rank together. Weights are not initialised unless asked for, because
+``hf_reader.load_weights`` overwrites every one of them.
+"""
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from megaqad.models.causal_lm import CausalLM
+from megaqad.models.description import ModelDescription
+from megaqad.models.families import LinearSite, linear_sites
+from megaqad.models.modules import CausalAttention, RMSNorm
+from megaqad.runtime.parallel import ParallelContext, ParallelSizes
+
+LinearChoice = Callable[[LinearSite], type | ModuleSpec]
+"""Picks the module of one linear layer; it is built with the arguments of Megatron's parallel linear layers."""
+
+
+def transformer_config(
+    description: ModelDescription,
+    sizes: ParallelSizes,
+    *,
+    dtype: torch.dtype,
+    recompute: bool = False,
+    initialize: bool = False,
+) -> TransformerConfig:
+    """Megatron-Core's configuration of the model.
+
+    Args:
+        description: the architecture.
+        sizes: how it is divided.
+        dtype: of parameters and activations, bfloat16 or float32.
+        recompute: keep only each layer's input for backward and run the layer again there.
+        initialize: draw random weights (Gaussian, the ``initializer_range`` of config.json); otherwise they hold
+            whatever the memory held, until they are loaded.
+    """
+    fused = torch.cuda.is_available()  # the fusions are torch.compile'd: worth it on a GPU, slow to start on a CPU
+    std = float(description.config.get("initializer_range", 0.02))
+    return TransformerConfig(
+        num_layers=description.num_layers,
+        hidden_size=description.hidden_size,
+        ffn_hidden_size=description.ffn_hidden_size,
+        num_attention_heads=description.num_heads,
+        num_query_groups=description.num_kv_heads,
+        kv_channels=description.head_dim,
+        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=True,
+        normalization="RMSNorm",
+        layernorm_epsilon=description.norm_eps,
+        add_bias_linear=False,
+        add_qkv_bias=description.qkv_bias,
+        qk_layernorm=description.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        virtual_pipeline_model_parallel_size=sizes.virtual_pipeline if sizes.virtual_pipeline > 1 else None,
+        sequence_parallel=sizes.sequence and sizes.tensor > 1,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        deallocate_pipeline_outputs=True,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+        perform_initialization=initialize,
+        init_method_std=std,
+        transformer_impl="local",
+    )
+
+
+def megatron_linear(site: LinearSite) -> type:
+    """The plain choice for every site."""
+    return ColumnParallelLinear if site.parallel == "column" else RowParallelLinear
+
+
+def layer_spec(description: ModelDescription, layer: int, linear_for: LinearChoice) -> ModuleSpec:
+    """What layer ``layer`` (global index) is made of."""
+    linear = {role: linear_for(site) for role, site in linear_sites(description, layer).items()}
+    head_norm = RMSNorm if description.qk_norm else IdentityOp
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=linear["qkv"],
+            core_attention=CausalAttention,
+            linear_proj=linear["proj"],
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
+        ),
+    )
+    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=linear["fc1"], linear_fc2=linear["fc2"]))
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def chunk_layers(config: TransformerConfig, pipeline_rank: int, vp_stage: int | None) -> range:
+    """Global indices of the layers in one chunk."""
+    first = get_transformer_layer_offset(config, vp_stage, pipeline_rank)
+    return range(first, first + get_num_layers_to_build(config, vp_stage, pipeline_rank))
+
+
+def build_model(
+    description: ModelDescription,
+    config: TransformerConfig,
+    context: ParallelContext,
+    *,
+    linear_for: LinearChoice | None = None,
+) -> list[CausalLM]:
+    """This rank's chunks, in the order of the virtual stages; one when the pipeline is not interleaved.
+
+    Args:
+        description: the architecture.
+        config: from ``transformer_config``.
+        context: this rank's place and groups.
+        linear_for: the module for each linear layer, Megatron's own by default.
+
+    Collectives: with tied embeddings and more than one stage, one all-reduce over the embedding group (Megatron's
+    way of starting both copies equal).
+    """
+    virtual = context.sizes.virtual_pipeline
+    chunks = []
+    for stage in range(virtual):
+        vp_stage = stage if virtual > 1 else None
+        layers = TransformerBlockSubmodules(
+            layer_specs=[
+                layer_spec(description, layer, linear_for or megatron_linear)
+                for layer in chunk_layers(config, context.pipeline_rank, vp_stage)
+            ],
+            layer_norm=RMSNorm,
+        )
+        chunk = CausalLM(
+            config,
+            layers,
+            description,
+            groups=context.groups,
+            pre_process=context.is_first_stage and stage == 0,
+            post_process=context.is_last_stage and stage == virtual - 1,
+            vp_stage=vp_stage,
+        )
+        chunks.append(chunk)
+    return chunks

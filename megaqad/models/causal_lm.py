@@ -1,0 +1,91 @@
+"""Megatron-Core's GPTModel, cut off before the logits.
+
+The losses of this project take hidden states and the output head, never logits (a [tokens, vocabulary] tensor is the
+largest of the whole step). So the model ends after its final norm and hands out its head on request.
+
+The vocabulary is padded only to a multiple of the tensor-parallel size, because Megatron's vocabulary-parallel
+layers want equal parts. ``head_weight`` cuts the padding off again: no loss needs a mask for rows that do not exist,
+and with them gone the padded rows get no gradient.
+"""
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megaqad.models.description import ModelDescription
+from megaqad.models.modules import rotary_frequencies
+
+
+def vocab_shard(vocab_size: int, rank: int, size: int) -> tuple[int, int, int]:
+    """Tensor-parallel ``rank``'s share of a vocabulary: (first row, real rows, rows with padding)."""
+    rows = -(-vocab_size // size)
+    start = min(rank * rows, vocab_size)
+    return start, min(rows, vocab_size - start), rows
+
+
+class CausalLM(GPTModel):
+    """One pipeline chunk of a decoder-only language model, without the last matrix product.
+
+    Sharding: parameters by Megatron's column, row and vocabulary rules over ``groups.tp``; layers over ``groups.pp``
+    and ``vp_stage``. ``pre_process`` chunks hold the embedding, ``post_process`` chunks the final norm and the head.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layers: TransformerBlockSubmodules,
+        description: ModelDescription,
+        *,
+        groups: ProcessGroupCollection,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
+    ) -> None:
+        start, real, rows = vocab_shard(description.vocab_size, groups.tp.rank(), groups.tp.size())
+        super().__init__(
+            config=config,
+            transformer_layer_spec=layers,
+            vocab_size=rows * groups.tp.size(),
+            max_sequence_length=description.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=description.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=description.rope_theta,
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        )
+        self.rotary_pos_emb.inv_freq = rotary_frequencies(description).to(torch.cuda.current_device())
+        self.vocab_start: int = start
+        """Vocabulary index of the head's first row on this rank."""
+        self._real_vocab_rows = real
+
+    def forward(self, tokens: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Hidden states of this chunk.
+
+        Args:
+            tokens: int64 [b, s], the same on every tensor-parallel rank; later stages use only its length.
+            position_ids: must be None or count from 0; the rotary embedding does.
+
+        Returns:
+            After the final norm on the last chunk, what the next chunk receives elsewhere: [s, b, h], or
+            [s / tp, b, h] under sequence parallelism. Collectives: those of Megatron's parallel layers.
+        """
+        hidden = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
+        return self.decoder(
+            hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.rotary_pos_emb(tokens.shape[1])
+        )
+
+    def head_weight(self) -> Tensor:
+        """This rank's rows of the output head [real rows, h]; gradients reach the parameter.
+
+        The rows cover the vocabulary from ``vocab_start`` on; over the tensor-parallel ranks they are disjoint and
+        complete. Only on ``post_process`` chunks. No collectives.
+        """
+        assert self.post_process, "only the last chunk holds the output head"
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return weight if self._real_vocab_rows == weight.shape[0] else weight[: self._real_vocab_rows]

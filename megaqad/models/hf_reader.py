@@ -1,0 +1,84 @@
+"""Fill a model from safetensors files, each rank reading only the slices it holds.
+
+safetensors maps the file and copies just the rows or columns asked for, so a rank's peak is its own shard plus one
+slice. A row-parallel weight is cut along dim 1; the file is row-major, so its slice is gathered row by row from the
+map, which the operating system reads ahead.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megaqad.models.causal_lm import CausalLM
+from megaqad.models.checkpoint_files import read_headers
+from megaqad.models.description import ModelDescription
+from megaqad.models.families import HfTensor, Row
+from megaqad.models.sharding import fill_parts, local_parameters, shard_range
+
+
+@dataclass
+class ReadStatistics:
+    """What one rank took from the files."""
+
+    bytes_read: int = 0
+    largest_bytes: int = 0
+    """The largest single slice."""
+    tensors: int = 0
+
+
+class _SliceReader:
+    """Open files of one checkpoint, closed when the reader's ``with`` block ends."""
+
+    def __init__(self, model_dir: Path, rank: int, ranks: int) -> None:
+        self._files = {name: entry.file for name, entry in read_headers(model_dir).items()}
+        self._open: dict[Path, Any] = {}
+        self._stack = ExitStack()
+        self._rank, self._ranks = rank, ranks
+        self.statistics = ReadStatistics()
+
+    def __enter__(self) -> "_SliceReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def read(self, row: Row, part: HfTensor) -> Tensor:
+        """This rank's slice of one tensor, in the file's dtype, on the CPU."""
+        path = self._files[part.name]
+        if path not in self._open:
+            self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+        whole = self._open[path].get_slice(part.name)
+        if row.shard.dim is None:
+            tensor = whole[:]
+        else:
+            start, stop = shard_range(row, whole.get_shape()[row.shard.dim], self._rank, self._ranks)
+            tensor = whole[start:stop] if row.shard.dim == 0 else whole[:, start:stop]
+        size = tensor.numel() * tensor.element_size()
+        self.statistics.bytes_read += size
+        self.statistics.largest_bytes = max(self.statistics.largest_bytes, size)
+        self.statistics.tensors += 1
+        return tensor
+
+
+@torch.no_grad()
+def load_weights(chunks: list[CausalLM], description: ModelDescription, model_dir: Path) -> ReadStatistics:
+    """Fill every parameter of this rank's chunks from ``model_dir``; cast to the parameters' dtype.
+
+    Call ``check_checkpoint`` first: it turns a wrong file into a clear message. No collectives, so ranks may read at
+    their own pace. A tied head that lives on its own stage is read from the embedding.
+
+    Returns:
+        What this rank read.
+    """
+    group = chunks[0].tp_group
+    with _SliceReader(Path(model_dir), group.rank(), group.size()) as reader:
+        for chunk in chunks:
+            for placed, parameter in local_parameters(chunk, description):
+                shards = [reader.read(placed.row, part) for part in placed.parts]
+                fill_parts(placed.row, parameter.data, shards, description)
+        return reader.statistics
