@@ -1,0 +1,23 @@
+"""The NVFP4 number format: one definition, bit for bit what checkpoints hold and engines read."""
+
+from megaqad.nvfp4.api import Impl, dequantize, fake_quantize, fake_quantize_packed, quantize
+from megaqad.nvfp4.format import (
+    BLOCK_SIZE,
+    NVFP4Tensor,
+    check_finite,
+    global_scale_from_amax,
+    tensor_amax,
+)
+
+__all__ = [
+    "BLOCK_SIZE",
+    "Impl",
+    "NVFP4Tensor",
+    "check_finite",
+    "dequantize",
+    "fake_quantize",
+    "fake_quantize_packed",
+    "global_scale_from_amax",
+    "quantize",
+    "tensor_amax",
+]

@@ -1,0 +1,105 @@
+"""The four functions callers use, and the choice between implementations behind them.
+
+Every implementation gives the same bits; they differ in speed and in where they run:
+
+    reference   plain PyTorch, any device, the definition
+    torch       vectorised PyTorch in cache-sized pieces, any device, the default on CPU
+    triton      one kernel, CUDA, the default there when Triton is installed
+
+``impl="auto"`` picks by the tensor's device. Nothing here waits for a device.
+"""
+
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from megaqad.nvfp4 import reference, vectorized
+from megaqad.nvfp4.format import NVFP4Tensor, check_quantizable
+
+Impl = Literal["auto", "reference", "torch"]
+
+
+class Implementation(Protocol):
+    """What a module must define to serve as an implementation. Inputs are already checked; no gradients flow."""
+
+    def quantize(self, x: Tensor, amax: Tensor | None) -> NVFP4Tensor: ...
+    def dequantize(self, q: NVFP4Tensor, dtype: torch.dtype) -> Tensor: ...
+    def fake_quantize(self, x: Tensor, amax: Tensor | None) -> Tensor: ...
+    def fake_quantize_packed(self, x: Tensor, amax: Tensor | None) -> tuple[Tensor, NVFP4Tensor]: ...
+
+
+_IMPLEMENTATIONS: dict[str, Implementation] = {"reference": reference, "torch": vectorized, "auto": vectorized}
+
+
+def implementation(impl: Impl) -> Implementation:
+    """The module that ``impl`` names.
+
+    Raises:
+        ValueError: there is no such implementation.
+    """
+    if impl not in _IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(sorted(_IMPLEMENTATIONS))}, not {impl!r}")
+    return _IMPLEMENTATIONS[impl]
+
+
+@torch.no_grad()
+def quantize(x: Tensor, amax: Tensor | None = None, *, impl: Impl = "auto") -> NVFP4Tensor:
+    """Quantize ``x`` to NVFP4, byte for byte what ModelOpt 0.47 exports for the same tensor and amax.
+
+    Args:
+        x: [..., K] bfloat16, float16 or float32, K a multiple of 16; any strides, any leading shape, no rows allowed.
+        amax: float32 [] that sets the global scale; None takes it from ``x``. Values beyond it saturate. For a tensor
+            that is sharded, or that an engine fuses with others, pass the amax of the whole.
+
+    Returns:
+        codes uint8 [..., K // 2], block_scales float8_e4m3fn [..., K // 16], global_scale float32 [].
+
+    Sharding: local. Under a common ``amax`` the shards' bytes are the bytes of the whole, cut at multiples of 16.
+
+    Raises:
+        ValueError: unsupported dtype, K not a multiple of 16, malformed ``amax``, unknown ``impl``. NaN and Inf are not
+            looked for here, since that would wait for the device: see ``check_finite``.
+    """
+    check_quantizable(x, amax)
+    return implementation(impl).quantize(x, amax)
+
+
+@torch.no_grad()
+def dequantize(q: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16, *, impl: Impl = "auto") -> Tensor:
+    """The values of ``q``, ``dtype`` [..., K]: ``e2m1 * (block_scale * global_scale)`` in float32, rounded once."""
+    return implementation(impl).dequantize(q, dtype)
+
+
+def fake_quantize(x: Tensor, amax: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
+    """``dequantize(quantize(x, amax), x.dtype)`` in all bits; the gradient passes straight through, unchanged.
+
+    Arguments, sharding and errors as in ``quantize``. The gradient reaches ``x`` also where a value saturated.
+    """
+    check_quantizable(x, amax)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return cast(Tensor, _FakeQuantize.apply(x, amax, implementation(impl)))
+    return implementation(impl).fake_quantize(x, amax)
+
+
+@torch.no_grad()
+def fake_quantize_packed(x: Tensor, amax: Tensor | None = None, *, impl: Impl = "auto") -> tuple[Tensor, NVFP4Tensor]:
+    """``fake_quantize(x)`` together with the NVFP4 tensor it is the value of, for one pass over ``x``.
+
+    For use inside a ``torch.autograd.Function`` that computes with the first and saves the second for backward, at
+    4.5 bits per element instead of 16. No gradient flows through it.
+    """
+    check_quantizable(x, amax)
+    return implementation(impl).fake_quantize_packed(x, amax)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Forward: fake quantization. Backward: the identity (straight-through estimator)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, amax: Tensor | None, implementation: Implementation) -> Tensor:
+        return implementation.fake_quantize(x, amax)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None

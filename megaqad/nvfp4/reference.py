@@ -1,0 +1,73 @@
+"""The readable definition of NVFP4 in the division form, bit for bit ModelOpt's ``NVFP4QTensor``.
+
+Slow and plain: one line per step, no buffers, no tricks. Every fast path is tested for equality with this file, and
+this file with ModelOpt itself. Shapes: ``B = K // 16`` blocks along the last dimension.
+"""
+
+import torch
+from torch import Tensor
+
+from megaqad.nvfp4.format import (
+    BLOCK_SIZE,
+    E2M1_MAX,
+    E2M1_VALUES,
+    E4M3_MAX,
+    E4M3_MIN_SUBNORMAL,
+    NVFP4Tensor,
+    global_scale_from_amax,
+    tensor_amax,
+)
+
+
+def encode_e2m1(y: Tensor) -> Tensor:
+    """Round float32 ``y`` (any shape) to the nearest E2M1 code, uint8 in 0..15, ties to the even mantissa.
+
+    A magnitude's code is the number of midpoints it lies above. A midpoint itself goes to the neighbour whose mantissa
+    bit is 0, so alternate midpoints count when reached and when passed. The sign is that of ``y < 0``: minus zero is 0.
+    Comparisons are negated so that NaN, which fails every one, lies above all midpoints: code 7, as in ModelOpt.
+    """
+    a = y.abs()
+    above = (~(a <= 0.25), ~(a < 0.75), ~(a <= 1.25), ~(a < 1.75), ~(a <= 2.5), ~(a < 3.5), ~(a <= 5.0))
+    magnitude = torch.stack(above).sum(0)
+    return (magnitude + 8 * (y < 0)).to(torch.uint8)
+
+
+def decode_e2m1(codes: Tensor) -> Tensor:
+    """The float32 values of E2M1 codes, integers in 0..15 (any shape); code 8, minus zero, is read as plain 0."""
+    magnitudes = torch.tensor(E2M1_VALUES, device=codes.device)
+    return torch.cat((magnitudes, 0.0 - magnitudes))[codes.long()]
+
+
+def quantize(x: Tensor, amax: Tensor | None) -> NVFP4Tensor:
+    """``x`` [..., K] in BF16, FP16 or FP32 to NVFP4 under the global scale of ``amax`` (of ``x`` itself when None)."""
+    global_scale = global_scale_from_amax(tensor_amax(x) if amax is None else amax)
+    blocks = x.detach().float().unflatten(-1, (-1, BLOCK_SIZE))  # [..., B, 16]
+
+    ideal = blocks.abs().amax(-1) / (E2M1_MAX * global_scale)  # [..., B]
+    ideal = torch.where(ideal == 0, 1.0, ideal)
+    # Clamp before the cast: below, so that a small block keeps its signal; above, because E4M3 has no infinity.
+    block_scales = ideal.clamp(E4M3_MIN_SUBNORMAL, E4M3_MAX).to(torch.float8_e4m3fn)
+
+    scales = block_scales.float() * global_scale
+    codes = encode_e2m1(blocks / scales.unsqueeze(-1)).flatten(-2)  # [..., K]
+    packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return NVFP4Tensor(packed, block_scales, global_scale)
+
+
+def dequantize(q: NVFP4Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of ``q`` as ``dtype`` [..., K]: multiplied in float32, then rounded once."""
+    codes = torch.stack((q.codes & 0xF, q.codes >> 4), dim=-1).flatten(-2)  # [..., K]
+    blocks = decode_e2m1(codes).unflatten(-1, (-1, BLOCK_SIZE))  # [..., B, 16]
+    scales = q.block_scales.float() * q.global_scale
+    return (blocks * scales.unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def fake_quantize(x: Tensor, amax: Tensor | None) -> Tensor:
+    """``x`` [..., K] after one trip through NVFP4, in its own dtype."""
+    return dequantize(quantize(x, amax), x.dtype)
+
+
+def fake_quantize_packed(x: Tensor, amax: Tensor | None) -> tuple[Tensor, NVFP4Tensor]:
+    """``fake_quantize(x)`` and the NVFP4 tensor it is the value of."""
+    q = quantize(x, amax)
+    return dequantize(q, x.dtype), q
