@@ -1,0 +1,267 @@
+"""A loss fused with the output heads: hidden states in, scalar out, and never the logits of more than one chunk.
+
+For each chunk of tokens that carry a weight: two matrix products give FP32 logits of student and teacher in two reused
+buffers, the objective reduces them, one all-gather of a few numbers per token completes the sums over the sharded
+vocabulary, the gradient is written over the student's logits, and two more products turn it into gradients of hidden
+states and head. So the full-vocabulary loss is exact, costs what the four products of the heads cost, and its memory is
+two chunks whatever the number of tokens.
+
+Gradients are made during forward, where the logits are; backward multiplies them by the incoming scalar. Under
+`torch.no_grad`, or if nothing requires a gradient, their half of the work is left out.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megaqad.losses import gemm, inputs, kernels, kl, reference
+from megaqad.losses.inputs import Layout, Model, Tokens
+from megaqad.losses.objectives import Chunk, CrossEntropy, ForwardKL, Objective
+from megaqad.losses.sharding import Group, scatter_sequence_sum, sum_over_shards_
+
+
+@dataclass
+class _Outcome:
+    """Results of one pass; gradients are of sum_i weight_i * loss_i, FP32, None where not asked for."""
+
+    token_loss: Tensor
+    """FP32 [N]"""
+    loss: Tensor
+    """FP32 scalar"""
+    hidden_gradient: Tensor | None
+    """[N, H] or [N / ranks, H], complete"""
+    head_gradient: Tensor | None
+    """[V_local, H]"""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    objective: Objective
+    kernel: kernels.Kernel
+    tokens: Tokens
+    layout: Layout
+    accumulate_into: Tensor | None
+    wants_hidden: bool
+    wants_head: bool
+
+
+def _run(student: Model, teacher: Model | None, plan: _Plan) -> _Outcome:
+    """All chunks of one call. Collectives: see `linear_divergence`."""
+    work = inputs.agree_on_work(student, teacher, plan.tokens, plan.layout, hidden_gradient=plan.wants_hidden)
+    student_hidden = inputs.whole_sequence(student, plan.layout)
+    teacher_hidden = None if teacher is None else inputs.whole_sequence(teacher, plan.layout)
+    device, columns = student_hidden.device, student.head.shape[0]
+    longest = max((chunk.shape[0] for chunk in work.chunks), default=0)
+    buffers = torch.empty(1 if teacher is None else 2, longest, columns, dtype=torch.float32, device=device)
+    token_loss = torch.zeros(plan.tokens.weights.shape[0], dtype=torch.float64, device=device)
+    hidden_gradient = torch.zeros_like(student_hidden, dtype=torch.float32) if work.any_hidden_gradient else None
+    head_gradient = torch.zeros_like(student.head, dtype=torch.float32) if plan.wants_head else None
+    for tokens in work.chunks:
+        hidden = student_hidden[tokens]
+        evaluation = plan.objective.open(
+            Chunk(
+                gemm.logits_(buffers[0, : len(tokens)], hidden, student.head.detach()),
+                None
+                if teacher is None or teacher_hidden is None
+                else gemm.logits_(buffers[1, : len(tokens)], teacher_hidden[tokens], teacher.head.detach()),
+                inputs.local_labels(plan.tokens, tokens, columns),
+            ),
+            plan.kernel,
+        )
+        evaluation.merge(kl.gathered_statistics(evaluation.local(), plan.layout.group))
+        token_loss[tokens] = evaluation.loss
+        if hidden_gradient is None and head_gradient is None:
+            continue
+        slope = buffers[0, : len(tokens)]
+        evaluation.gradient(plan.tokens.weights[tokens].double(), out=slope)
+        if hidden_gradient is not None:
+            hidden_gradient[tokens] = gemm.hidden_gradient(slope, student.head.detach())
+        if head_gradient is not None:
+            gemm.accumulate_head_gradient_(head_gradient, slope, hidden)
+    # weight 0 times a token's stored 0 is 0; the token's own loss was never computed
+    loss = (token_loss * plan.tokens.weights).sum().float()
+    return _Outcome(token_loss.float(), loss, _reduced(hidden_gradient, plan.layout), head_gradient)
+
+
+def _reduced(partial: Tensor | None, layout: Layout) -> Tensor | None:
+    """The hidden states' gradient summed over vocabulary shards, as the hidden states were given."""
+    if partial is None or layout.group is None:
+        return partial
+    if layout.sequence_parallel:
+        return scatter_sequence_sum(partial, layout.group)
+    return sum_over_shards_(partial, layout.group)
+
+
+class _GradientsInForwardThenScale(torch.autograd.Function):
+    """Forward: loss and gradients. Backward: gradients times the incoming scalar; no collective."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, teacher: Model | None, plan: _Plan) -> tuple[Tensor, Tensor]:
+        outcome = _run(Model(hidden, head), teacher, plan)
+        ctx.accumulate_into = plan.accumulate_into
+        ctx.hidden_gradient = None
+        if plan.wants_hidden and outcome.hidden_gradient is not None:
+            ctx.hidden_gradient = outcome.hidden_gradient.to(hidden.dtype)
+        ctx.head_gradient = outcome.head_gradient
+        if ctx.head_gradient is not None and plan.accumulate_into is None:
+            ctx.head_gradient = ctx.head_gradient.to(head.dtype)
+        ctx.mark_non_differentiable(outcome.token_loss)
+        return outcome.loss, outcome.token_loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_gradient, head_gradient = ctx.hidden_gradient, ctx.head_gradient
+        if hidden_gradient is None and head_gradient is None:
+            raise RuntimeError("the gradients of this loss were already handed out; call the loss again")
+        ctx.hidden_gradient = ctx.head_gradient = None
+        if hidden_gradient is not None:
+            hidden_gradient.mul_(grad_loss)
+        if head_gradient is not None and ctx.accumulate_into is not None:
+            ctx.accumulate_into.add_(head_gradient.mul_(grad_loss))
+            head_gradient = None
+        elif head_gradient is not None:
+            head_gradient.mul_(grad_loss)
+        return hidden_gradient, head_gradient, None, None
+
+
+def linear_divergence(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
+    *,
+    objective: Objective,
+    token_weights: Tensor,
+    labels: Tensor | None = None,
+    vocab_start: int = 0,
+    group: Group = None,
+    sequence_parallel: bool = False,
+    accumulate_into: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """loss = sum_i token_weights[i] * objective_i, and the tokens' own losses, from hidden states and heads.
+
+    Sharding in: `student_head` [V_local, H_s] and `teacher_head` [V_local, H_t] are this rank's vocabulary rows, the
+    same rows in both; shards may differ in size and may be empty. `group=None`: not sharded. `student_hidden` [N,
+    H_s] and `teacher_hidden` [N, H_t] are replicated over `group`, or, with `sequence_parallel`, rank r holds the
+    r-th of the equal contiguous slices [N / ranks, H]. `token_weights` [N] and `labels` int64 [N] (global vocabulary
+    ids) are always whole and equal on all ranks; `vocab_start` is the id of this rank's first row. FP32 or BF16.
+    Sharding out: the scalar loss (FP32, differentiable in `student_hidden` and `student_head`) and the tokens' losses
+    (FP32 [N], detached, 0 where the weight is 0), the same on every rank. The gradient of `student_hidden` is
+    complete and sharded as its input; that of `student_head` is this rank's rows. Neither may be reduced over `group`
+    again. Collectives: one small all-gather to agree on the work, one all-gather of statistics per chunk, one
+    all-reduce of the hidden states' gradient (reduce-scatter, and an all-gather of hidden states, under sequence
+    parallelism). All in forward; the sequence is the same on all ranks. None in backward.
+
+    Tokens of weight 0 take no part in any product and may hold NaN. `accumulate_into` (FP32 [V_local, H_s],
+    Megatron-Core's `main_grad` of the head) receives the head's gradient in backward, added in FP32; autograd then
+    gets None for the head. Backward may run once per call. Raises ValueError, on every rank, for arguments that do
+    not fit together.
+    """
+    teacher = None
+    if objective.needs_teacher:
+        if teacher_hidden is None or teacher_head is None:
+            raise ValueError(f"{objective} needs the teacher's hidden states and head")
+        teacher = Model(teacher_hidden, teacher_head)
+    if objective.needs_labels and labels is None:
+        raise ValueError(f"{objective} needs labels")
+    if accumulate_into is not None and (
+        accumulate_into.dtype != torch.float32 or accumulate_into.shape != student_head.shape
+    ):
+        raise ValueError(
+            f"accumulate_into is {accumulate_into.dtype} {tuple(accumulate_into.shape)}; the head's main gradient "
+            f"must be float32 {tuple(student_head.shape)}"
+        )
+    if impl == "reference":
+        return reference.linear_divergence(
+            student_hidden,
+            student_head,
+            teacher_hidden,
+            teacher_head,
+            dense=objective.dense,
+            token_weights=token_weights,
+            labels=labels,
+            group=group,
+            sequence_parallel=sequence_parallel,
+            accumulate_into=accumulate_into,
+        )
+    with_grad = torch.is_grad_enabled()
+    plan = _Plan(
+        objective=objective,
+        kernel=kernels.choose(impl),
+        tokens=Tokens(token_weights.detach(), labels if objective.needs_labels else None, vocab_start),
+        layout=Layout(group, sequence_parallel),
+        accumulate_into=accumulate_into,
+        wants_hidden=with_grad and student_hidden.requires_grad,
+        wants_head=with_grad and student_head.requires_grad,
+    )
+    loss, token_loss = _GradientsInForwardThenScale.apply(student_hidden, student_head, teacher, plan)
+    return loss, token_loss
+
+
+def linear_kl(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    *,
+    token_weights: Tensor,
+    temperature: float = 1.0,
+    group: Group = None,
+    sequence_parallel: bool = False,
+    accumulate_into: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """sum_i token_weights[i] * KL_i(teacher || student), exact over the whole vocabulary, and KL [N] detached.
+
+    `linear_divergence` with `ForwardKL(temperature)`: sharding, collectives, gradients and errors are described there.
+    """
+    kl.check_temperature(temperature)
+    return linear_divergence(
+        student_hidden,
+        student_head,
+        teacher_hidden,
+        teacher_head,
+        objective=ForwardKL(temperature),
+        token_weights=token_weights,
+        group=group,
+        sequence_parallel=sequence_parallel,
+        accumulate_into=accumulate_into,
+        impl=impl,
+    )
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    *,
+    token_weights: Tensor,
+    vocab_start: int = 0,
+    group: Group = None,
+    sequence_parallel: bool = False,
+    accumulate_into: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """sum_i token_weights[i] * -log p_i(label_i), and the tokens' cross entropies [N] detached.
+
+    `linear_divergence` with `CrossEntropy()` and no teacher; `labels` int64 [N] are global vocabulary ids.
+    """
+    return linear_divergence(
+        hidden,
+        head,
+        None,
+        None,
+        objective=CrossEntropy(),
+        token_weights=token_weights,
+        labels=labels,
+        vocab_start=vocab_start,
+        group=group,
+        sequence_parallel=sequence_parallel,
+        accumulate_into=accumulate_into,
+        impl=impl,
+    )
