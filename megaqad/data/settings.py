@@ -16,7 +16,7 @@ Source = Literal["text", "stdlib", "random"]
 class DataSettings:
     """Settings under `data.`; every field explains itself below its name."""
 
-    source: Source = "text"
+    source: str = "text"
     """`text` reads `files`; `stdlib` reads the source code of Python's standard library, which every machine has;
     `random` draws uniform random tokens, with which distillation still works, only less well."""
 
@@ -37,8 +37,6 @@ class DataSettings:
     def __post_init__(self) -> None:
         if self.source not in get_args(Source):
             raise UserError(f"data.source={self.source} is unknown: choose one of {', '.join(get_args(Source))}")
-        if self.source == "text" and not self.files:
-            raise UserError("data.files is empty: give data=<file.txt>, a directory or a glob, or data=stdlib")
         if self.source != "text" and self.files:
             raise UserError(f"data.files has no effect with data.source={self.source}: set data.source=text or drop it")
         for name, value in (("train", self.max_train_tokens), ("validation", self.max_validation_tokens)):

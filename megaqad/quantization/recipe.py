@@ -3,70 +3,24 @@
 A recipe says nothing about Megatron's layers or about sharding. Its patterns are shell-style (``fnmatch``) and are
 matched against full Hugging Face module names such as ``model.layers.3.self_attn.q_proj``. A module is quantized
 when an include pattern matches and no exclude pattern does. Modules that engines fuse into one GEMM (q/k/v, gate/up)
-share one global scale, so a recipe that treats them differently is refused.
+share one global scale, so a recipe that treats them differently is refused. No torch here.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
 
 from megaqad.errors import UserError
-from megaqad.nvfp4 import BLOCK_SIZE
+from megaqad.quantization.settings import QuantizationSettings
 
-Format = Literal["nvfp4", "none"]
-Backend = Literal["emulated"]
-
-
-@dataclass(frozen=True)
-class QuantizationSettings:
-    """Settings under ``quantization.``; a recipe file in ``conf/quantization`` fills them."""
-
-    weights: Format = "nvfp4"
-    """Format of the weights of the chosen layers."""
-
-    activations: Format = "nvfp4"
-    """Format of their inputs. ``none`` keeps them BF16 (weight-only, W4A16)."""
-
-    include: list[str] = field(default_factory=lambda: ["*"])
-    """Hugging Face module names to quantize, shell-style patterns."""
-
-    exclude: list[str] = field(default_factory=lambda: ["lm_head"])
-    """Module names to keep in BF16 although included."""
-
-    backend: Backend = "emulated"
-    """``emulated`` computes the NVFP4 function with BF16/FP32 GEMMs on any device."""
-
-    calibration_samples: int = 64
-    """Training sequences whose activations set the input scales."""
-
-    def __post_init__(self) -> None:
-        for name, value in (("weights", self.weights), ("activations", self.activations)):
-            if value not in get_args(Format):
-                raise UserError(
-                    f"quantization.{name}={value} is unknown: choose one of {', '.join(get_args(Format))}"
-                )
-        if self.backend not in get_args(Backend):
-            raise UserError(
-                f"quantization.backend={self.backend} is unknown: choose one of {', '.join(get_args(Backend))}"
-            )
-        if self.weights == "none" and self.activations != "none":
-            raise UserError(
-                f"quantization.activations={self.activations} with quantization.weights=none has no engine kernel: "
-                "quantize the weights too, or neither (quantization=none)"
-            )
-        if self.calibration_samples < 1 and self.activations != "none":
-            raise UserError(
-                f"quantization.calibration_samples={self.calibration_samples} leaves the input scales unset: use 1 or more"
-            )
-
+BLOCK_SIZE = 16  # nvfp4.BLOCK_SIZE, repeated to stay free of torch; layers.py asserts that they agree
 
 @dataclass(frozen=True)
 class LinearFormat:
     """How one linear layer is quantized."""
 
-    weights: Format
-    activations: Format
+    weights: str
+    activations: str
 
 
 class Recipe:

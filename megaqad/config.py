@@ -1,0 +1,364 @@
+"""Every setting a user can see, typed, with every check that needs no rank and no weight.
+
+``load_settings`` composes ``conf/`` with the overrides of the command line (Hydra) and builds ``Settings``; a field's
+meaning stands below the field. ``check_settings`` then refuses what cannot work, before a rank is started: one line
+that names the value, the limit and the way out.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megaqad.data.settings import DataSettings
+from megaqad.errors import UserError
+from megaqad.models.description import ModelDescription, describe_model
+from megaqad.quantization.settings import QuantizationSettings
+
+OBJECTIVES = ("qad", "qat")
+DTYPES = ("bfloat16", "float32")
+EXPORT_FORMATS = ("modelopt",)
+WANDB_MODES = ("offline", "online", "disabled")
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """Settings under ``parallel.``: how the model and its batches are divided among ranks."""
+
+    tensor: int = 1
+    """Ranks that share each layer's matrices."""
+    pipeline: int = 1
+    """Stages of consecutive layers."""
+    virtual_pipeline: int = 1
+    """Chunks of layers on each pipeline rank; more than 1 interleaves them (smaller bubble, more sends)."""
+    context: int = 1
+    """Ranks that share each sequence. Needs Transformer Engine's attention; 1 elsewhere."""
+    expert: int = 1
+    """Ranks that share the experts of a mixture-of-experts layer."""
+    sequence: bool = False
+    """Divide the activations between the tensor-parallel regions along the sequence as well."""
+    data: int = 1
+    """Model replicas when a command starts its own ranks. Under torchrun or srun the world decides."""
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """Settings under ``distill.``: what the student learns from."""
+
+    objective: str = "qad"
+    """``qad``: forward KL to the teacher's full distribution. ``qat``: cross entropy to the data, for comparison."""
+    temperature: float = 1.0
+    """Of both distributions in the KL. The published runs use 1."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings under ``train.``."""
+
+    steps: int = 200
+    """Optimizer steps."""
+    lr: float = 1e-5
+    """Peak learning rate. Too high a rate harms: 1e-4 cost a 9B model six points where 1e-6 cost none
+    (arXiv 2601.20088)."""
+    min_lr: float = 0.0
+    """Where the cosine ends."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    global_batch_size: int = 64
+    """Sequences per optimizer step, over all replicas."""
+    micro_batch_size: int = 1
+    """Sequences per forward pass of one replica."""
+    sequence_length: int = 4096
+    """Tokens per sequence."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW)."""
+    clip_grad: float = 1.0
+    """Largest L2 norm of the gradient; larger ones are scaled down to it."""
+    adam_beta1: float = 0.9
+    """Adam's first moment."""
+    adam_beta2: float = 0.95
+    """Adam's second moment."""
+    recompute: bool = False
+    """Recompute each layer's activations in the backward pass instead of keeping them."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Settings under ``evaluation.``."""
+
+    max_tokens: int = 262_144
+    """Held-out tokens that every column of the report is a mean over; fewer when the data has fewer."""
+    every: int = 0
+    """Steps between held-out evaluations while training; 0 evaluates before and after only."""
+    training_tokens: int = 16_384
+    """Held-out tokens of those evaluations."""
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """Settings under ``checkpoint.``."""
+
+    every: int = 100
+    """Steps between checkpoints; the last step always writes one."""
+    keep: int = 2
+    """Newest checkpoints kept; older ones are removed."""
+
+
+@dataclass(frozen=True)
+class WandbSettings:
+    """Settings under ``logging.wandb.``."""
+
+    mode: str = "offline"
+    """``offline`` writes beside the run, ``online`` sends."""
+    project: str = "megaqad"
+    """Project the run appears under."""
+
+
+@dataclass(frozen=True)
+class LoggingSettings:
+    """Settings under ``logging.``. ``metrics.jsonl`` is always written."""
+
+    wandb: WandbSettings = field(default_factory=WandbSettings)
+
+
+@dataclass(frozen=True)
+class RuntimeSettings:
+    """Settings under ``runtime.``."""
+
+    dtype: str = "bfloat16"
+    """Of parameters, activations and GEMMs. ``float32`` is for exact comparisons; exports are BF16/NVFP4 either way."""
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Settings under ``export.``."""
+
+    format: str = "modelopt"
+    """Layout of the checkpoint: ModelOpt's unified Hugging Face layout, which vLLM, TensorRT-LLM and SGLang read."""
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """Settings under ``report.``."""
+
+    compare_qat: bool = False
+    """``recover`` also trains a QAT student from the same start, with the same steps and data, for the report."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a command."""
+
+    model: str = MISSING
+    """Directory of the BF16 Hugging Face checkpoint: the teacher, and the student's start."""
+    output_dir: str = MISSING
+    """Where the run writes everything."""
+    tokens: str | None = None
+    """``logits`` only: a .npy file of int64 token ids [b, s]."""
+    student: str = "auto"
+    """Which student ``evaluate``, ``export``, ``verify`` and ``logits`` load: ``auto`` (the newest checkpoint, else
+    ``ptq``), ``ptq``, or a checkpoint directory."""
+    data: DataSettings = field(default_factory=DataSettings)
+    quantization: QuantizationSettings = field(default_factory=QuantizationSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    distill: DistillSettings = field(default_factory=DistillSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
+    report: ReportSettings = field(default_factory=ReportSettings)
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
+    runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
+    seed: int = 1234
+    """Of data order and of whatever is drawn at random."""
+
+    @property
+    def model_dir(self) -> Path:
+        return Path(self.model)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir)
+
+    @property
+    def local_ranks(self) -> int:
+        """Ranks a plainly started command needs on this machine."""
+        parallel = self.parallel
+        return parallel.tensor * parallel.pipeline * parallel.context * parallel.data
+
+
+def conf_dir() -> Path:
+    """The Hydra configuration: inside the installed package, beside it in a checkout."""
+    packaged = Path(__file__).parent / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def load_settings(overrides: Sequence[str]) -> Settings:
+    """Compose ``conf/config.yaml`` with ``key=value`` overrides into typed settings.
+
+    ``data=<file, directory or glob>`` is short for ``data=text data.files=[...]``.
+
+    Raises:
+        UserError: an unknown key or group, a value of the wrong type, a required setting missing.
+    """
+    ConfigStore.instance().store(name="settings", node=_schema())
+    expanded = [part for override in overrides for part in _expand_data(override)]
+    try:
+        with initialize_config_dir(config_dir=str(conf_dir().resolve()), version_base="1.3"):
+            settings = OmegaConf.to_object(compose(config_name="config", overrides=expanded))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error)) from error
+    assert isinstance(settings, Settings)
+    return settings
+
+
+def _schema() -> DictConfig:
+    """The typed schema that Hydra fills. OmegaConf makes frozen dataclasses read-only: undone until they are built."""
+    schema = OmegaConf.structured(Settings)
+    nodes = [schema]
+    while nodes:
+        node = nodes.pop()
+        OmegaConf.set_readonly(node, False)
+        children = [node._get_node(key) for key in node]
+        nodes += [child for child in children if isinstance(child, DictConfig)]
+    assert isinstance(schema, DictConfig)
+    return schema
+
+
+def _expand_data(override: str) -> list[str]:
+    """Turn ``data=<path>`` into the text group with that path; leave the names of data groups alone."""
+    key, separator, value = override.partition("=")
+    groups = {path.stem for path in (conf_dir() / "data").glob("*.yaml")}
+    if key != "data" or not separator or value in groups:
+        return [override]
+    if not value.strip():
+        raise UserError(f"data= is empty: give a file, a directory, a glob, or one of {', '.join(sorted(groups))}")
+    quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+    return ["data=text", f"data.files=['{quoted}']"]
+
+
+def _one_line(error: Exception) -> str:
+    """The sentence of a Hydra error, without its context lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kept = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
+    return " ".join(kept) + " (settings: see the README or megaqad --help)"
+
+
+def world_size(settings: Settings) -> int:
+    """Ranks of the run: what torchrun or srun started, else what the settings need on this machine."""
+    return int(os.environ.get("WORLD_SIZE", settings.local_ranks))
+
+
+def data_parallel_size(settings: Settings) -> int:
+    """Model replicas in the run."""
+    parallel = settings.parallel
+    return world_size(settings) // (parallel.tensor * parallel.pipeline * parallel.context)
+
+
+def check_settings(settings: Settings) -> ModelDescription:
+    """Every cross-check that needs neither ranks nor weights; returns the model it read to make them.
+
+    Raises:
+        UserError: the first thing that cannot work.
+    """
+    if settings.data.source == "text" and not settings.data.files:
+        raise UserError("data.files is empty: give data=<file.txt>, a directory or a glob, or data=stdlib")
+    _check_values(settings)
+    _check_world(settings)
+    description = describe_model(settings.model_dir)
+    _check_layout(settings, description)
+    _check_batches(settings)
+    return description
+
+
+def _check_values(settings: Settings) -> None:
+    for name, value, choices in (
+        ("distill.objective", settings.distill.objective, OBJECTIVES),
+        ("runtime.dtype", settings.runtime.dtype, DTYPES),
+        ("export.format", settings.export.format, EXPORT_FORMATS),
+        ("logging.wandb.mode", settings.logging.wandb.mode, WANDB_MODES),
+    ):
+        if value not in choices:
+            raise UserError(f"{name}={value} is unknown: choose one of {', '.join(choices)}")
+    parallel, train = settings.parallel, settings.train
+    at_least_one = {
+        **{f"parallel.{name}": size for name, size in asdict(parallel).items() if name != "sequence"},
+        "train.steps": train.steps,
+        "train.global_batch_size": train.global_batch_size,
+        "train.micro_batch_size": train.micro_batch_size,
+        "train.sequence_length": train.sequence_length,
+        "checkpoint.every": settings.checkpoint.every,
+        "checkpoint.keep": settings.checkpoint.keep,
+        "evaluation.max_tokens": settings.evaluation.max_tokens,
+    }
+    for name, count in at_least_one.items():
+        if count < 1:
+            raise UserError(f"{name}={count} is too small: it must be 1 or more")
+    if not 0 <= train.min_lr <= train.lr:
+        raise UserError(f"train.min_lr={train.min_lr} must lie between 0 and train.lr={train.lr}")
+    if not 0 <= train.warmup_steps < train.steps:
+        raise UserError(f"train.warmup_steps={train.warmup_steps} must be at least 0 and below train.steps={train.steps}")
+    if settings.distill.temperature <= 0:
+        raise UserError(f"distill.temperature={settings.distill.temperature} must be above 0")
+
+
+def _check_world(settings: Settings) -> None:
+    parallel = settings.parallel
+    ranks = world_size(settings)
+    needed = parallel.tensor * parallel.pipeline * parallel.context
+    if ranks % needed:
+        raise UserError(
+            f"{ranks} ranks were started, but parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} "
+            f"x parallel.context={parallel.context} needs a multiple of {needed}: start that many or change the layout"
+        )
+    if parallel.context > 1:
+        raise UserError(
+            f"parallel.context={parallel.context} needs Transformer Engine's attention, which this build does not use: "
+            "set parallel.context=1"
+        )
+    if parallel.expert > 1:
+        raise UserError(f"parallel.expert={parallel.expert} needs a mixture-of-experts model: set parallel.expert=1")
+    if parallel.sequence and parallel.tensor == 1:
+        raise UserError("parallel.sequence=true divides work between tensor-parallel ranks: set parallel.tensor above 1")
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        raise UserError(
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} interleaves pipeline stages: set parallel.pipeline "
+            "above 1, or parallel.virtual_pipeline=1"
+        )
+
+
+def _check_layout(settings: Settings, description: ModelDescription) -> None:
+    parallel = settings.parallel
+    if parallel.sequence and settings.train.sequence_length % parallel.tensor:
+        raise UserError(
+            f"train.sequence_length={settings.train.sequence_length} does not divide by parallel.tensor="
+            f"{parallel.tensor}, which parallel.sequence=true needs: choose a multiple"
+        )
+    if settings.train.sequence_length > description.max_position_embeddings:
+        raise UserError(
+            f"train.sequence_length={settings.train.sequence_length} exceeds the model's "
+            f"max_position_embeddings={description.max_position_embeddings}: lower it"
+        )
+
+
+def _check_batches(settings: Settings) -> None:
+    train, replicas = settings.train, data_parallel_size(settings)
+    share = train.micro_batch_size * replicas
+    if train.global_batch_size % share:
+        raise UserError(
+            f"train.global_batch_size={train.global_batch_size} does not divide by train.micro_batch_size="
+            f"{train.micro_batch_size} x {replicas} data-parallel replicas: choose a multiple of {share}"
+        )
+    micro_batches = train.global_batch_size // share
+    parallel = settings.parallel
+    if parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
+        raise UserError(
+            f"{micro_batches} microbatches per step do not divide by parallel.pipeline={parallel.pipeline}, which the "
+            f"interleaved schedule needs: make train.global_batch_size a multiple of {share * parallel.pipeline}"
+        )

@@ -1,0 +1,55 @@
+"""What a user says about quantization; a recipe file in ``conf/quantization`` fills these fields.
+
+No torch here, so that a bad recipe is refused within milliseconds.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from megaqad.errors import UserError
+
+Format = Literal["nvfp4", "none"]
+Backend = Literal["emulated"]
+
+
+@dataclass(frozen=True)
+class QuantizationSettings:
+    """Settings under ``quantization.``; a recipe file in ``conf/quantization`` fills them."""
+
+    weights: str = "nvfp4"
+    """Format of the weights of the chosen layers."""
+
+    activations: str = "nvfp4"
+    """Format of their inputs. ``none`` keeps them BF16 (weight-only, W4A16)."""
+
+    include: list[str] = field(default_factory=lambda: ["*"])
+    """Hugging Face module names to quantize, shell-style patterns."""
+
+    exclude: list[str] = field(default_factory=lambda: ["lm_head"])
+    """Module names to keep in BF16 although included."""
+
+    backend: str = "emulated"
+    """``emulated`` computes the NVFP4 function with BF16/FP32 GEMMs on any device."""
+
+    calibration_samples: int = 64
+    """Training sequences whose activations set the input scales."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("weights", self.weights), ("activations", self.activations)):
+            if value not in get_args(Format):
+                raise UserError(
+                    f"quantization.{name}={value} is unknown: choose one of {', '.join(get_args(Format))}"
+                )
+        if self.backend not in get_args(Backend):
+            raise UserError(
+                f"quantization.backend={self.backend} is unknown: choose one of {', '.join(get_args(Backend))}"
+            )
+        if self.weights == "none" and self.activations != "none":
+            raise UserError(
+                f"quantization.activations={self.activations} with quantization.weights=none has no engine kernel: "
+                "quantize the weights too, or neither (quantization=none)"
+            )
+        if self.calibration_samples < 1 and self.activations != "none":
+            raise UserError(
+                f"quantization.calibration_samples={self.calibration_samples} leaves the input scales unset: use 1 or more"
+            )
