@@ -257,10 +257,12 @@ def family_of(config: Mapping[str, Any], model_dir: Path) -> Family:
 
 @dataclass(frozen=True)
 class PlacedRow:
-    """A row at its place in the model: ``layer`` is the global layer index, None outside the layers."""
+    """A row at its place in the model."""
 
     row: Row
     layer: int | None
+    """Global layer index, None before and after the layers."""
+    after_layers: bool = False
 
     @property
     def parts(self) -> tuple[HfTensor, ...]:
@@ -275,7 +277,7 @@ def placed_rows(description: "ModelDescription") -> list[PlacedRow]:
     rows += [PlacedRow(row, layer) for layer in range(description.num_layers) for row in table.layer]
     for row in table.last:
         tied = row is _HEAD and description.tied_embeddings
-        rows.append(PlacedRow(replace(row, parts=_EMBEDDING.parts, alias=True) if tied else row, None))
+        rows.append(PlacedRow(replace(row, parts=_EMBEDDING.parts, alias=True) if tied else row, None, True))
     return rows
 
 

@@ -53,7 +53,7 @@ def hf_config(case: str) -> Any:
     from transformers import AutoConfig
 
     settings = {**COMMON, **CASES[case], "attn_implementation": "eager"}
-    return AutoConfig.for_model(case.split("_")[0], **settings)
+    return AutoConfig.for_model(case.split("_", maxsplit=1)[0], **settings)
 
 
 def make_checkpoint(
