@@ -103,6 +103,8 @@ def split_files(settings: DataSettings) -> Split:
     explicit = find_files(settings.validation_files, "data.validation_files") if settings.validation_files else ()
     if settings.source == "random":
         return Split((), explicit, by_tail=False)
+    if settings.source == "text" and not settings.files:
+        raise UserError("data.files is empty: give data=<file.txt>, a directory or a glob, or data=stdlib")
     files = stdlib_files() if settings.source == "stdlib" else find_files(settings.files, "data.files")
     if explicit:
         both = {file.path.resolve() for file in files} & {file.path.resolve() for file in explicit}

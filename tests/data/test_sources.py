@@ -111,6 +111,8 @@ def test_bad_records_are_named(tmp_path: Path, line: str, message: str):
 def test_refusals(tmp_path: Path):
     with pytest.raises(UserError, match=r"data\.files: no file matches nothing\.txt"):
         find_files(["nothing.txt"], "data.files")
+    with pytest.raises(UserError, match=r"data\.files is empty"):
+        split_files(DataSettings())
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty with one of the endings .*\.txt"):
         find_files([str(tmp_path / "empty")], "data.files")
@@ -126,7 +128,6 @@ def test_refusals(tmp_path: Path):
     ("arguments", "message"),
     [
         ({"source": "txt", "files": ["a"]}, r"data\.source=txt is unknown: choose one of text, stdlib, random"),
-        ({}, r"data\.files is empty"),
         ({"source": "stdlib", "files": ["a"]}, r"data\.files has no effect with data\.source=stdlib"),
         ({"source": "random", "max_train_tokens": -1}, r"data\.max_train_tokens=-1 is negative"),
         ({"source": "random", "max_validation_tokens": -2}, r"data\.max_validation_tokens=-2 is negative"),
