@@ -83,15 +83,16 @@ def whole_logits(results: list[Any]) -> Tensor:
 
 
 def logit_gradients(
-    rank: int, world: int, folder: Path, sizes: ParallelSizes, tokens: np.ndarray, weights: np.ndarray, recompute: bool
+    rank: int, world: int, folder: Path, sizes: ParallelSizes, batch: dict[str, Any]
 ) -> dict[str, np.ndarray]:
     """Gradient of sum(weights * logits) / tokens by Hugging Face name, on the main rank.
 
     The whole training path of Megatron-Core runs: DDP buffers, the pipeline schedule, the reductions over tensor,
-    sequence and embedding groups. ``weights``: float32 [b, s, V].
+    sequence and embedding groups. ``batch``: tokens [b, s], weights float32 [b, s, V], recompute.
     """
+    tokens, weights = batch["tokens"], batch["weights"]
     with parallel(sizes) as context:
-        chunks = loaded_model(folder, context, recompute=recompute)
+        chunks = loaded_model(folder, context, recompute=batch["recompute"])
         ddp = [
             DistributedDataParallel(
                 chunk.config,
@@ -137,14 +138,12 @@ def logit_gradients(
         }
 
 
-def round_trip(
-    rank: int, world: int, folder: Path, sizes: ParallelSizes, output: Path, options: dict[str, Any]
-) -> ReadStatistics:
-    """Import and save again; what this rank read."""
+def round_trip(rank: int, world: int, folder: Path, sizes: ParallelSizes, save: dict[str, Any]) -> ReadStatistics:
+    """Import and save again; what this rank read. ``save``: arguments of ``save_pretrained``."""
     with parallel(sizes) as context:
         description = describe_model(folder)
         config = transformer_config(description, sizes, dtype=torch.bfloat16)
         chunks = build_model(description, config, context)
         statistics = load_weights(chunks, description, folder)
-        save_pretrained(chunks, description, context, output, model_dir=folder, **options)
+        save_pretrained(chunks, description, context, model_dir=folder, **save)
         return statistics

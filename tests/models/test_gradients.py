@@ -36,7 +36,8 @@ def test_gradients_equal_transformers(case: str, sizes: ParallelSizes, recompute
     tokens = random_tokens(CASES[case]["vocab_size"], batch=2, length=16)
     weights = np.random.default_rng(3).standard_normal((*tokens.shape, CASES[case]["vocab_size"]), dtype=np.float32)
     expected = transformers_gradients(folder, tokens, weights)
-    found = run_ranks(sizes.model_ranks, logit_gradients, folder, sizes, tokens, weights, recompute)[0]
+    batch = {"tokens": tokens, "weights": weights, "recompute": recompute}
+    found = run_ranks(sizes.model_ranks, logit_gradients, folder, sizes, batch)[0]
     assert set(found) == set(expected)
     for name, gradient in expected.items():
         error = (torch.from_numpy(found[name]) - gradient).norm() / gradient.norm()

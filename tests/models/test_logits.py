@@ -25,16 +25,17 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     case = request.param
     folder = make_checkpoint(case, tmp_path_factory.mktemp(case))
     tokens = random_tokens(CASES[case]["vocab_size"])
-    return case, folder, tokens, transformers_logits(folder, tokens)
+    return folder, tokens, transformers_logits(folder, tokens)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("checkpoint", CASES, indirect=True)
+# three key/value heads do not divide by two; two layers make no interleaved pipeline
+FITTING = [(case, name) for case in CASES for name in LAYOUTS if case != "llama_three_groups" or name in {"tp1", "pp2"}]
+
+
+@pytest.mark.parametrize(("checkpoint", "layout"), FITTING, indirect=["checkpoint"])
 def test_logits_equal_transformers(checkpoint: tuple, layout: str) -> None:
-    case, folder, tokens, expected = checkpoint
+    folder, tokens, expected = checkpoint
     sizes = LAYOUTS[layout]
-    if case == "llama_three_groups" and layout != "tp1":
-        pytest.skip("three key/value heads do not divide by two")
     logits = whole_logits(run_ranks(sizes.model_ranks, local_logits, Path(folder), sizes, tokens))
     assert logits.shape == expected.shape
     error = (logits - expected).norm() / expected.norm()

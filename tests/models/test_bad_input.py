@@ -1,0 +1,235 @@
+"""Every broken checkpoint and impossible layout is refused with one line that names the value and the way out."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megaqad.errors import UserError
+from megaqad.models.checks import check_checkpoint, check_layout, check_sequence_length
+from megaqad.models.description import describe_model
+from megaqad.runtime.parallel import ParallelSizes
+from tests.models.checkpoints import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("llama", tmp_path_factory.mktemp("original"), dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    for path in original.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value != "removed"}))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def check(folder: Path) -> None:
+    check_checkpoint(describe_model(folder), folder)
+
+
+def refused(folder: Path, *words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, f"{word!r} not in {message!r}"
+
+
+def test_the_original_is_accepted(folder: Path) -> None:
+    check(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM"]),
+        ({"architectures": [], "model_type": "bloom"}, ["bloom", "LlamaForCausalLM"]),
+        ({"hidden_size": 0}, ["hidden_size=0", "positive"]),
+        ({"num_hidden_layers": "removed"}, ["num_hidden_layers=None"]),
+        ({"num_key_value_heads": 3}, ["num_attention_heads=4", "num_key_value_heads=3"]),
+        ({"attention_bias": True}, ["attention_bias=True"]),
+        ({"hidden_act": "gelu"}, ["hidden_act='gelu'"]),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ["'yarn'", "llama3"]),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor, high_freq_factor"]),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor=0.5"]),
+        ({"quantization_config": {"quant_method": "modelopt"}}, ["already quantized", "'modelopt'"]),
+        ({"vocab_size": 512}, ["515 rows", "vocab_size=512"]),
+        ({"tie_word_embeddings": True}, ["lm_head.weight differs", "tie_word_embeddings=false"]),
+        ({"num_hidden_layers": 3}, ["model.layers.3.", "and 6 more", "LlamaForCausalLM"]),
+        ({"num_hidden_layers": 5}, ["lacks model.layers.4."]),
+        ({"intermediate_size": 90}, ["gate_proj", "[96, 64]", "[90, 64]"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_config_that_does_not_fit(folder: Path, changes: dict[str, Any], words: list[str]) -> None:
+    edit_config(folder, **changes)
+    refused(folder, *words)
+
+
+def test_missing_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    refused(folder, "config.json does not exist")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\udcff"])
+def test_config_that_is_not_json(folder: Path, content: str) -> None:
+    (folder / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    refused(folder, "config.json", "restore")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("model.norm.weight"), ["lacks model.norm.weight"]),
+        (lambda t: t.pop("lm_head.weight"), ["lacks lm_head.weight", "tie_word_embeddings=true"]),
+        (lambda t: t.update(surprise=torch.ones(2)), ["surprise", "LlamaForCausalLM"]),
+        (lambda t: t.update({"model.norm.weight": torch.ones(63)}), ["model.norm.weight", "[63]", "[64]"]),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.uint8)}),
+            ["model.norm.weight", "U8", "BF16"],
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit(folder: Path, change: Callable[[dict], Any], words: list[str]) -> None:
+    edit_tensors(folder, change)
+    refused(folder, *words)
+
+
+def test_old_rotary_buffers_and_a_repeated_tied_head_are_fine(folder: Path) -> None:
+    edit_config(folder, tie_word_embeddings=True)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(12)
+
+    edit_tensors(folder, change)
+    check(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_truncated_file(folder: Path, keep: int) -> None:
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:keep])
+    refused(folder, "model.safetensors is")
+    if keep == -1:
+        refused(folder, "truncated", f"{len(content) - 1} bytes instead of {len(content)}")
+
+
+def test_bytes_appended(folder: Path) -> None:
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    refused(folder, "longer than its header says")
+
+
+@pytest.mark.parametrize(
+    "header", [b"not json", b"[]", b'{"a": {}}', b'{"a": 1}', b'{"a":{"dtype":"F32","shape":[1]}}']
+)
+def test_broken_header(folder: Path, header: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    refused(folder, "is not a safetensors file")
+
+
+def test_no_weights_at_all(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    refused(folder, "neither model.safetensors nor", "convert")
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("../model.safetensors", ["'../model.safetensors' outside"]),
+        ("/etc/model.safetensors", ["'/etc/model.safetensors' outside"]),
+        ("absent.safetensors", ["absent.safetensors does not exist"]),
+    ],
+)
+def test_index_that_points_elsewhere(folder: Path, file: str, words: list[str]) -> None:
+    names = load_file(folder / "model.safetensors")
+    weight_map = dict.fromkeys(names, "model.safetensors") | {"model.norm.weight": file}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    refused(folder, *words)
+
+
+def test_index_with_a_tensor_its_file_lacks(folder: Path) -> None:
+    names = load_file(folder / "model.safetensors")
+    weight_map = dict.fromkeys([*names, "phantom"], "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    refused(folder, "says phantom is in model.safetensors, it is not")
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_broken_index(folder: Path, content: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(content)
+    refused(folder, "is not a safetensors index")
+
+
+def test_sizes_that_blocks_do_not_divide(tmp_path: Path) -> None:
+    for index, (key, value, word) in enumerate(
+        [("hidden_size", 72, "hidden_size=72"), ("intermediate_size", 100, "intermediate_size=100")]
+    ):
+        from tests.models import checkpoints
+
+        case = f"llama_odd{index}"
+        checkpoints.CASES[case] = {**checkpoints.CASES["llama"], key: value}
+        try:
+            folder = make_checkpoint(case, tmp_path / case)
+        finally:
+            del checkpoints.CASES[case]
+        refused(folder, word, "multiple of 16")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        (ParallelSizes(tensor=3), ["parallel.tensor=3", "num_key_value_heads=2", "choose one of 1, 2"]),
+        (ParallelSizes(tensor=4), ["parallel.tensor=4", "num_key_value_heads=2"]),
+        (ParallelSizes(pipeline=3), ["parallel.pipeline=3", "4 layers", "1, 2, 4"]),
+        (ParallelSizes(virtual_pipeline=2), ["parallel.virtual_pipeline=2", "parallel.pipeline=2"]),
+        (ParallelSizes(pipeline=2, virtual_pipeline=4), ["parallel.virtual_pipeline=4", "2 layers", "1, 2"]),
+    ],
+    ids=str,
+)
+def test_layouts_that_do_not_fit(original: Path, sizes: ParallelSizes, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        check_layout(describe_model(original), sizes)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_a_block_across_ranks_is_refused(folder: Path) -> None:
+    edit_config(folder, num_attention_heads=2, num_key_value_heads=2, head_dim=24)
+    with pytest.raises(UserError, match="leaves 24 of num_attention_heads x head_dim=48"):
+        check_layout(describe_model(folder), ParallelSizes(tensor=2))
+
+
+def test_sequence_lengths(folder: Path) -> None:
+    edit_config(folder, architectures=["MistralForCausalLM"], sliding_window=64)
+    description = describe_model(folder)
+    check_sequence_length(description, 64, ParallelSizes())
+    with pytest.raises(UserError, match=r"sequence_length=65 .* sliding window of 64"):
+        check_sequence_length(description, 65, ParallelSizes())
+    edit_config(folder, sliding_window=None)
+    with pytest.raises(UserError, match=r"sequence_length=129 .* max_position_embeddings=128"):
+        check_sequence_length(describe_model(folder), 129, ParallelSizes())
+    with pytest.raises(UserError, match=r"sequence_length=63 among parallel.tensor=2"):
+        check_sequence_length(describe_model(folder), 63, ParallelSizes(tensor=2, sequence=True))
