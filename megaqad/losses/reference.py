@@ -140,8 +140,10 @@ def linear_divergence(
 ) -> tuple[Tensor, Tensor]:
     """See `megaqad.losses.linear_divergence`; `dense` is the objective's definition."""
     active = torch.nonzero(token_weights).squeeze(-1)
-    head = student_head if accumulate_into is None else _IdentityThenDeposit.apply(student_head, accumulate_into)
-    student = replicated(student_hidden, group, sequence_parallel)[active] @ head.double().t()
+    head = student_head.double()
+    if accumulate_into is not None:
+        head = _IdentityThenDeposit.apply(head, accumulate_into)
+    student = replicated(student_hidden, group, sequence_parallel)[active] @ head.t()
     teacher = None
     if teacher_hidden is not None and teacher_head is not None:
         hidden = replicated(teacher_hidden.detach(), group, sequence_parallel)[active]
