@@ -5,9 +5,13 @@ meaning stands below the field. ``check_settings`` then refuses what cannot work
 that names the value, the limit and the way out.
 """
 
+import ast
+import inspect
 import os
+import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING as dataclass_missing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -18,12 +22,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megaqad.data.settings import DataSettings
 from megaqad.errors import UserError
+from megaqad.models.checks import check_checkpoint, check_layout, check_sequence_length
 from megaqad.models.description import ModelDescription, describe_model
 from megaqad.quantization.settings import QuantizationSettings
+from megaqad.runtime.sizes import ParallelSizes
 
 OBJECTIVES = ("qad", "qat")
 DTYPES = ("bfloat16", "float32")
 EXPORT_FORMATS = ("modelopt",)
+COMMANDS_WITH_DATA = ("demo", "recover", "quantize", "distill", "evaluate", "pretrain")
 WANDB_MODES = ("offline", "online", "disabled")
 
 
@@ -187,6 +194,10 @@ class Settings:
         return Path(self.output_dir)
 
     @property
+    def sizes(self) -> ParallelSizes:
+        return ParallelSizes(**{key: value for key, value in asdict(self.parallel).items() if key != "data"})
+
+    @property
     def local_ranks(self) -> int:
         """Ranks a plainly started command needs on this machine."""
         parallel = self.parallel
@@ -257,23 +268,30 @@ def world_size(settings: Settings) -> int:
 
 def data_parallel_size(settings: Settings) -> int:
     """Model replicas in the run."""
-    parallel = settings.parallel
-    return world_size(settings) // (parallel.tensor * parallel.pipeline * parallel.context)
+    return world_size(settings) // settings.sizes.model_ranks
 
 
-def check_settings(settings: Settings) -> ModelDescription:
-    """Every cross-check that needs neither ranks nor weights; returns the model it read to make them.
+def check_settings(command: str, settings: Settings) -> ModelDescription:
+    """Refuse what cannot work, before any rank exists: settings, layout, model files. Returns the model it read.
 
     Raises:
-        UserError: the first thing that cannot work.
+        UserError: the first mistake, in one line that names the value, the limit and the way out.
     """
-    if settings.data.source == "text" and not settings.data.files:
-        raise UserError("data.files is empty: give data=<file.txt>, a directory or a glob, or data=stdlib")
+    for name, value in (("model", settings.model), ("output_dir", settings.output_dir)):
+        if value == MISSING or not value:
+            raise UserError(f"{name} is not set: give {name}=<directory>")
+    reads_data = command in COMMANDS_WITH_DATA
+    if reads_data and settings.data.source == "text" and not settings.data.files:
+        raise UserError("data is not set: give data=<file.txt>, a directory or a glob, or data=stdlib")
     _check_values(settings)
     _check_world(settings)
     description = describe_model(settings.model_dir)
-    _check_layout(settings, description)
-    _check_batches(settings)
+    check_layout(description, settings.sizes)
+    if command != "pretrain":
+        check_checkpoint(description, settings.model_dir)
+    if reads_data:
+        check_sequence_length(description, settings.train.sequence_length, settings.sizes)
+        _check_batches(settings)
     return description
 
 
@@ -303,7 +321,9 @@ def _check_values(settings: Settings) -> None:
     if not 0 <= train.min_lr <= train.lr:
         raise UserError(f"train.min_lr={train.min_lr} must lie between 0 and train.lr={train.lr}")
     if not 0 <= train.warmup_steps < train.steps:
-        raise UserError(f"train.warmup_steps={train.warmup_steps} must be at least 0 and below train.steps={train.steps}")
+        raise UserError(
+            f"train.warmup_steps={train.warmup_steps} must be at least 0 and below train.steps={train.steps}"
+        )
     if settings.distill.temperature <= 0:
         raise UserError(f"distill.temperature={settings.distill.temperature} must be above 0")
 
@@ -311,7 +331,7 @@ def _check_values(settings: Settings) -> None:
 def _check_world(settings: Settings) -> None:
     parallel = settings.parallel
     ranks = world_size(settings)
-    needed = parallel.tensor * parallel.pipeline * parallel.context
+    needed = settings.sizes.model_ranks
     if ranks % needed:
         raise UserError(
             f"{ranks} ranks were started, but parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} "
@@ -325,25 +345,8 @@ def _check_world(settings: Settings) -> None:
     if parallel.expert > 1:
         raise UserError(f"parallel.expert={parallel.expert} needs a mixture-of-experts model: set parallel.expert=1")
     if parallel.sequence and parallel.tensor == 1:
-        raise UserError("parallel.sequence=true divides work between tensor-parallel ranks: set parallel.tensor above 1")
-    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         raise UserError(
-            f"parallel.virtual_pipeline={parallel.virtual_pipeline} interleaves pipeline stages: set parallel.pipeline "
-            "above 1, or parallel.virtual_pipeline=1"
-        )
-
-
-def _check_layout(settings: Settings, description: ModelDescription) -> None:
-    parallel = settings.parallel
-    if parallel.sequence and settings.train.sequence_length % parallel.tensor:
-        raise UserError(
-            f"train.sequence_length={settings.train.sequence_length} does not divide by parallel.tensor="
-            f"{parallel.tensor}, which parallel.sequence=true needs: choose a multiple"
-        )
-    if settings.train.sequence_length > description.max_position_embeddings:
-        raise UserError(
-            f"train.sequence_length={settings.train.sequence_length} exceeds the model's "
-            f"max_position_embeddings={description.max_position_embeddings}: lower it"
+            "parallel.sequence=true divides work between tensor-parallel ranks: set parallel.tensor above 1"
         )
 
 
@@ -362,3 +365,35 @@ def _check_batches(settings: Settings) -> None:
             f"{micro_batches} microbatches per step do not divide by parallel.pipeline={parallel.pipeline}, which the "
             f"interleaved schedule needs: make train.global_batch_size a multiple of {share * parallel.pipeline}"
         )
+
+
+def settings_help() -> str:
+    """Every setting with its default and its meaning, read from this file and its parts."""
+    return "\n".join(_describe_fields(Settings, ""))
+
+
+def _describe_fields(kind: type, prefix: str) -> list[str]:
+    """Lines for the fields of a settings class: the docstring below each field is its meaning."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    meanings = {
+        field_node.target.id: " ".join(text.value.value.split())
+        for field_node, text in zip(tree.body, tree.body[1:], strict=False)
+        if isinstance(field_node, ast.AnnAssign)
+        and isinstance(field_node.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+    }
+    lines = []
+    for setting in fields(kind):
+        default = setting.default if setting.default_factory is dataclass_missing else setting.default_factory()
+        if is_dataclass(default):
+            lines += _describe_fields(type(default), f"{prefix}{setting.name}.")
+        else:
+            shown = "required" if default == MISSING else f"default {default}"
+            text = f"{prefix}{setting.name}  ({shown})"
+            lines += [
+                text,
+                *textwrap.wrap(meanings.get(setting.name, ""), 100, initial_indent="    ", subsequent_indent="    "),
+            ]
+    return lines

@@ -25,7 +25,7 @@ from torch import Tensor
 from megaqad.distillation.forward import flatten_tokens, forward_hidden
 from megaqad.losses import linear_cross_entropy, linear_kl
 from megaqad.models.causal_lm import CausalLM
-from megaqad.quantization import refresh_weights
+from megaqad.quantization.state import refresh_weights
 from megaqad.runtime.parallel import ParallelContext
 
 

@@ -108,7 +108,7 @@ def _run(
 
     if codes is None:
         return values, None
-    return values, NVFP4Tensor(codes, block_scales.view(*x.shape[:-1], -1), global_scale)
+    return values, NVFP4Tensor(codes, block_scales.view(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE), global_scale)
 
 
 def _scales(blocks: Tensor, amax: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

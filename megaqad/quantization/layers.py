@@ -45,7 +45,7 @@ class _StraightThrough(torch.autograd.Function):
     """Forward: stand the quantized copy in for the weight. Backward: its gradient is the weight's."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, quantized: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, weight: Tensor, quantized: Tensor) -> Tensor:
         return quantized.view_as(quantized)
 
     @staticmethod

@@ -15,6 +15,7 @@ from megaqad.quantization.settings import QuantizationSettings
 
 BLOCK_SIZE = 16  # nvfp4.BLOCK_SIZE, repeated to stay free of torch; layers.py asserts that they agree
 
+
 @dataclass(frozen=True)
 class LinearFormat:
     """How one linear layer is quantized."""

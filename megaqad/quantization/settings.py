@@ -37,9 +37,7 @@ class QuantizationSettings:
     def __post_init__(self) -> None:
         for name, value in (("weights", self.weights), ("activations", self.activations)):
             if value not in get_args(Format):
-                raise UserError(
-                    f"quantization.{name}={value} is unknown: choose one of {', '.join(get_args(Format))}"
-                )
+                raise UserError(f"quantization.{name}={value} is unknown: choose one of {', '.join(get_args(Format))}")
         if self.backend not in get_args(Backend):
             raise UserError(
                 f"quantization.backend={self.backend} is unknown: choose one of {', '.join(get_args(Backend))}"

@@ -77,9 +77,7 @@ def refresh_weights(chunks: Sequence[torch.nn.Module], context: ParallelContext)
 
 
 @torch.no_grad()
-def calibrate(
-    chunks: Sequence[torch.nn.Module], context: ParallelContext, run_forward: Callable[[], object]
-) -> None:
+def calibrate(chunks: Sequence[torch.nn.Module], context: ParallelContext, run_forward: Callable[[], object]) -> None:
     """Max calibration: run data through the unquantized model and keep each layer's largest absolute input.
 
     Leaves the model in mode ON with its weights quantized.
@@ -113,9 +111,7 @@ def calibrate(
 
 def input_amaxes(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
     """Calibrated input amax by Hugging Face module name, for the layers on this rank."""
-    return {
-        name: layer.input_amax.item() for layer in quantized_linears(chunks) for name in layer.site.hf_modules
-    }
+    return {name: layer.input_amax.item() for layer in quantized_linears(chunks) for name in layer.site.hf_modules}
 
 
 @dataclass(frozen=True)
@@ -156,7 +152,9 @@ def quantization_errors(chunks: Sequence[torch.nn.Module], context: ParallelCont
             LayerError(", ".join(layer.site.hf_modules), error, 4.5)
             for layer, error in zip(layers, errors, strict=True)
         ]
-    keyed = [(layer.site.layer, position, error) for position, (layer, error) in enumerate(zip(layers, local, strict=True))]
+    keyed = [
+        (layer.site.layer, position, error) for position, (layer, error) in enumerate(zip(layers, local, strict=True))
+    ]
     gathered: list[list[tuple[int, int, LayerError]]] = [[] for _ in range(context.sizes.pipeline)]
     dist.all_gather_object(gathered, keyed, group=context.pipeline_group)
     return [error for _, _, error in sorted((row for rows in gathered for row in rows), key=lambda row: row[:2])]

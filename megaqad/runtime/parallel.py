@@ -16,31 +16,14 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megaqad.runtime.cpu import enable_cpu_device
+from megaqad.runtime.sizes import ParallelSizes
 
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelSizes:
-    """How a model and its batches are divided. Data parallel size is what remains of the world."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    virtual_pipeline: int = 1
-    context: int = 1
-    expert: int = 1
-    sequence: bool = False
-
-    @property
-    def model_ranks(self) -> int:
-        """Ranks that one copy of the model occupies."""
-        return self.tensor * self.pipeline * self.context
+__all__ = ["ParallelContext", "ParallelSizes", "initialize_parallel", "join_ranks", "parallel", "shutdown_parallel"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelContext:
-    """This rank's place in the layout, with the process groups to talk over.
-
-    ``virtual_pipeline_sizes`` is None when every rank holds one chunk of layers, as Megatron-Core wants it.
-    """
+    """This rank's place in the layout, with the process groups to talk over."""
 
     sizes: ParallelSizes
     groups: ProcessGroupCollection

@@ -1,1 +1,1 @@
-"""training."""
+"""The loop around the step: optimizer and schedule, checkpoints, logs."""

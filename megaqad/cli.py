@@ -1,0 +1,110 @@
+"""The command line: ``megaqad <command> key=value ...``.
+
+Checks the settings first, in milliseconds and before any rank exists; starts this machine's ranks when the command
+needs several and no launcher has; then runs the command on this rank. Exit codes: 0 done; 2 a mistake of the user's,
+one line on standard error; 3 stopped early with everything saved; anything else is a defect.
+"""
+
+import importlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megaqad.errors import EXIT_STOPPED_EARLY, EXIT_USER_ERROR, StoppedEarly, UserError
+from megaqad.runtime import launch
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: where its code is and what ``--help`` says."""
+
+    module: str
+    summary: str
+    presets: tuple[str, ...] = ()
+    """Overrides that come before the user's."""
+
+
+COMMANDS = {
+    "demo": Command("demo", "the whole journey on the bundled teacher, on this CPU, no download", ("experiment=demo",)),
+    "recover": Command("recover", "quantize, distil, evaluate, export, verify and report"),
+    "quantize": Command("quantize", "calibrate and measure the gap of post-training quantization"),
+    "distill": Command("distill", "train the quantized student against the teacher; resumes by itself"),
+    "evaluate": Command("evaluate", "held-out KL to the teacher, cross entropies, top-1 agreement"),
+    "export": Command("export", "write the NVFP4 Hugging Face checkpoint"),
+    "verify": Command("verify", "read the export back as a client would and compare it with the student"),
+    "report": Command("report", "write the page and its numbers"),
+    "logits": Command("logits", "tokens=<npy int64 [b, s]> through the teacher or the student"),
+    "pretrain": Command("pretrain", "train a model from random weights with cross entropy"),
+}
+
+
+def usage() -> str:
+    """What ``megaqad --help`` prints."""
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return (
+        "usage: megaqad <command> [key=value ...]\n\n"
+        f"commands\n{rows}\n\n"
+        "megaqad <command> --help lists the settings with their meaning and value.\n"
+        "Started plainly, a command starts the ranks it needs; under torchrun or srun it joins them."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else EXIT_USER_ERROR
+    try:
+        return _run(arguments[0], arguments[1:])
+    except UserError as error:
+        return _refuse(error)
+    except StoppedEarly as stop:
+        print(f"megaqad: {stop}", file=sys.stderr)
+        return EXIT_STOPPED_EARLY
+    except Exception as error:
+        launch.report_failure(error)
+        return 1
+
+
+def _run(name: str, overrides: list[str]) -> int:
+    if name not in COMMANDS:
+        raise UserError(f"{name!r} is no command: choose one of {', '.join(COMMANDS)}")
+    command = COMMANDS[name]
+    from megaqad import config
+
+    if "-h" in overrides or "--help" in overrides:
+        print(f"megaqad {name}: {command.summary}\n\n{config.settings_help()}")
+        return 0
+    launch.adopt_slurm_environment()
+    settings = config.load_settings([*command.presets, *overrides])
+    config.check_settings(name, settings)
+    if not launch.is_rank() and settings.local_ranks > 1:
+        return launch.run_ranks_here([name, *overrides], settings.local_ranks)
+    _quiet_imports()
+    module = importlib.import_module(f"megaqad.commands.{command.module}")
+    vars(module)[name](settings)
+    return 0
+
+
+def _refuse(error: UserError) -> int:
+    """One line on standard error: from the launcher when there is one, else from the first rank alone."""
+    message = "megaqad: " + " ".join(str(error).split())
+    if launch.FAILURE_FILE_VARIABLE in os.environ:
+        launch.write_failure(message)
+    elif os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def _quiet_imports() -> None:
+    """Megatron-Core announces at import which optional packages it does without; none is needed here."""
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine|transformer_engine).*")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,0 +1,67 @@
+"""``megaqad pretrain``: train a model of ``model``'s config.json from random weights, with the same trainer.
+
+This is how the demo's teacher was made. ``output_dir/model`` is a BF16 Hugging Face checkpoint; ``pretrain.json``
+holds its held-out cross entropy.
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+
+from megaqad.commands.session import Session
+from megaqad.config import Settings
+from megaqad.distillation.step import DistillationStep, Objective
+from megaqad.evaluation import Evaluator
+from megaqad.models.causal_lm import CausalLM
+from megaqad.models.hf_writer import save_pretrained
+from megaqad.training.logs import MetricsLog
+from megaqad.training.loop import Loop
+from megaqad.training.optimizer import build_optimizer, wrap_for_training
+
+
+def pretrain(settings: Settings) -> None:
+    """Every rank's part of the command."""
+    session = Session.start(settings)
+    model = session.random_model()
+    student = wrap_for_training(model)
+    optimizer, scheduler = build_optimizer(student, settings.train, session.dtype)
+    log = MetricsLog(settings.run_dir, settings, is_main=session.context.is_main)
+
+    def evaluator(max_tokens: int) -> Evaluator:
+        return Evaluator(
+            model,
+            session.data.validation,
+            session.context,
+            max_tokens=max_tokens,
+            micro_batch_size=settings.train.micro_batch_size,
+        )
+
+    Loop(
+        step=DistillationStep(student, optimizer, scheduler, session.context, objective=Objective.QAT),
+        data=session.data.train,
+        settings=settings.train,
+        log=log,
+        terminal=session.terminal,
+        title="pretrain",
+        save=lambda _step, _samples: _save(session, model),
+        save_every=settings.checkpoint.every,
+        validate=lambda: {
+            "validation_cross_entropy": evaluator(settings.evaluation.training_tokens).evaluate(model).cross_entropy
+        },
+        validate_every=settings.evaluation.every,
+    ).run()
+    log.close()
+    held_out = evaluator(settings.evaluation.max_tokens).evaluate(model)
+    if session.context.is_main:
+        summary = {"held_out_cross_entropy": held_out.cross_entropy, "held_out_tokens": held_out.tokens}
+        text = json.dumps({**summary, "settings": asdict(settings)}, indent=2) + "\n"
+        (settings.run_dir / "pretrain.json").write_text(text, encoding="utf-8")
+    session.terminal.say(f"held-out cross entropy {held_out.cross_entropy:.4f} over {held_out.tokens:,} tokens")
+
+
+def _save(session: Session, model: list[CausalLM]) -> None:
+    """Replace ``output_dir/model`` by the model as it is now."""
+    target = session.settings.run_dir / "model"
+    if session.context.is_main:
+        shutil.rmtree(target, ignore_errors=True)
+    save_pretrained(model, session.description, session.context, target, model_dir=session.settings.model_dir)

@@ -1,0 +1,167 @@
+"""What the commands share: the ranks' context, the model's description, the data, teachers and students."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megaqad.config import Settings
+from megaqad.data import Datasets, build_datasets, prepare_tokens
+from megaqad.distillation.forward import forward_hidden
+from megaqad.errors import UserError
+from megaqad.evaluation import Evaluator
+from megaqad.models.build import build_model, transformer_config
+from megaqad.models.causal_lm import CausalLM
+from megaqad.models.description import ModelDescription, describe_model
+from megaqad.models.families import linear_sites
+from megaqad.models.hf_reader import load_weights
+from megaqad.quantization.layers import QuantizerMode
+from megaqad.quantization.recipe import Recipe
+from megaqad.quantization.state import calibrate, linear_for, refresh_weights, set_mode
+from megaqad.runtime.parallel import ParallelContext, initialize_parallel, join_ranks
+from megaqad.training.checkpoint import latest_checkpoint, load_checkpoint
+from megaqad.training.logs import Terminal
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def hf_linear_modules(description: ModelDescription) -> list[str]:
+    """Hugging Face names of every linear module a recipe can speak of, in model order."""
+    sites = [site for layer in range(description.num_layers) for site in linear_sites(description, layer).values()]
+    return [name for site in sites for name in site.hf_modules] + ["lm_head"]
+
+
+@dataclass
+class Session:
+    """One command's run on this rank."""
+
+    settings: Settings
+    description: ModelDescription
+    context: ParallelContext
+    terminal: Terminal
+
+    @classmethod
+    def start(cls, settings: Settings) -> "Session":
+        """Join the ranks and lay them out; the settings are checked already."""
+        join_ranks()
+        context = initialize_parallel(settings.sizes, seed=settings.seed)
+        description = describe_model(settings.model_dir)
+        return cls(settings, description, context, Terminal(is_main=context.is_main))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.settings.runtime.dtype]
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return Recipe(self.settings.quantization, hf_linear_modules(self.description))
+
+    @cached_property
+    def data(self) -> Datasets:
+        """Tokenized by the first rank of each machine while the others wait, then mapped by all."""
+        settings = self.settings
+        if self.context.is_main:
+            prepare_tokens(settings.data, model_dir=settings.model_dir)
+        dist.barrier()
+        return build_datasets(
+            settings.data,
+            model_dir=settings.model_dir,
+            sequence_length=settings.train.sequence_length,
+            seed=settings.seed,
+        )
+
+    def _build(self, recipe: Recipe | None, *, initialize: bool = False) -> list[CausalLM]:
+        config = transformer_config(
+            self.description,
+            self.context.sizes,
+            dtype=self.dtype,
+            recompute=self.settings.train.recompute,
+            initialize=initialize,
+        )
+        return build_model(
+            self.description, config, self.context, linear_for=linear_for(recipe) if recipe is not None else None
+        )
+
+    def random_model(self) -> list[CausalLM]:
+        """A model with random weights and no quantizers."""
+        return self._build(None, initialize=True)
+
+    @cached_property
+    def teacher(self) -> list[CausalLM]:
+        """The original model, frozen."""
+        chunks = self._build(None)
+        load_weights(chunks, self.description, self.settings.model_dir)
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+            chunk.eval()
+        return chunks
+
+    def original_student(self) -> list[CausalLM]:
+        """The original weights in a model with quantizers, not yet calibrated, quantizers off."""
+        chunks = self._build(self.recipe)
+        load_weights(chunks, self.description, self.settings.model_dir)
+        return chunks
+
+    def calibrated_student(self) -> list[CausalLM]:
+        """The post-training-quantized student: the original weights, input scales from training data."""
+        chunks = self.original_student()
+        calibrate(chunks, self.context, lambda: forward_hidden(chunks, self._calibration_tokens()))
+        return chunks
+
+    def _calibration_tokens(self) -> list[torch.Tensor]:
+        """The first training sequences, divided among the data-parallel ranks."""
+        settings = self.settings
+        share = settings.train.micro_batch_size * self.context.data_size
+        samples = -(-settings.quantization.calibration_samples // share) * share
+        batches = self.data.train.micro_batches(
+            0,
+            global_batch_size=samples,
+            micro_batch_size=settings.train.micro_batch_size,
+            data_rank=self.context.data_rank,
+            data_size=self.context.data_size,
+        )
+        return [batch.tokens.to(self.context.device) for batch in batches]
+
+    def student_from(self, directory: Path) -> list[CausalLM]:
+        """The student of a checkpoint, quantizers on."""
+        chunks = self._build(self.recipe)
+        load_checkpoint(directory, chunks, self.context)
+        refresh_weights(chunks, self.context)
+        set_mode(chunks, QuantizerMode.ON)
+        return chunks
+
+    def chosen_student(self) -> Path:
+        """The checkpoint that ``student=`` names.
+
+        Raises:
+            UserError: there is none.
+        """
+        settings = self.settings
+        if settings.student not in ("auto", "ptq"):
+            return Path(settings.student)
+        newest = latest_checkpoint(settings.run_dir) if settings.student == "auto" else None
+        if newest is not None:
+            return newest
+        if (settings.run_dir / "ptq" / "state.json").is_file():
+            return settings.run_dir / "ptq"
+        raise UserError(
+            f"{settings.run_dir} holds no student: run `megaqad quantize` or `megaqad distill` with this output_dir first"
+        )
+
+    def evaluator(self, max_tokens: int) -> Evaluator:
+        """Against the teacher, on the first ``max_tokens`` held-out tokens."""
+        return Evaluator(
+            self.teacher,
+            self.data.validation,
+            self.context,
+            max_tokens=max_tokens,
+            micro_batch_size=self.settings.train.micro_batch_size,
+        )
+
+    def with_progress(self, title: str, total: int, work: Callable[[Callable[[], None]], object]) -> object:
+        """Run ``work(advance)`` under a progress bar of ``total`` steps."""
+        with self.terminal.progress(title, total) as progress:
+            return work(lambda: progress.update(progress.task_ids[0], advance=1))

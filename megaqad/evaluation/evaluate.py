@@ -1,0 +1,116 @@
+"""KL to the teacher, cross entropies and top-1 agreement over held-out text, all from FP32 logits.
+
+BF16 logits would bias a small KL by up to a third, so hidden states travel and logits are made chunk by chunk in
+FP32 (``losses.compare_heads``). Sums are kept in FP64. The numbers are means over the same tokens for every student,
+whatever the layout.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaqad.data import Batch, TokenDataset
+from megaqad.distillation.forward import flatten_tokens, forward_hidden
+from megaqad.losses import compare_heads
+from megaqad.models.causal_lm import CausalLM
+from megaqad.runtime.parallel import ParallelContext
+
+BATCHES_AT_ONCE = 8
+"""Microbatches whose hidden states are held together; enough to fill a pipeline."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over ``tokens`` held-out tokens; KL and cross entropies in nats per token."""
+
+    kl_to_teacher: float
+    cross_entropy: float
+    teacher_cross_entropy: float
+    top1_agreement: float
+    tokens: int
+
+
+class Evaluator:
+    """Measures students against one teacher on one set of held-out tokens."""
+
+    def __init__(
+        self,
+        teacher: Sequence[CausalLM],
+        data: TokenDataset,
+        context: ParallelContext,
+        *,
+        max_tokens: int,
+        micro_batch_size: int,
+    ) -> None:
+        """
+        Args:
+            teacher: this rank's chunks.
+            max_tokens: held-out tokens to use; fewer when the data has fewer.
+        """
+        self._teacher = list(teacher)
+        self._context = context
+        self._batches = data.evaluation_batches(micro_batch_size, context.data_rank, context.data_size, max_tokens)
+
+    @property
+    def groups_of_batches(self) -> int:
+        """How often ``evaluate`` reports progress."""
+        return -(-len(self._batches) // BATCHES_AT_ONCE)
+
+    @torch.no_grad()
+    def evaluate(self, student: Sequence[CausalLM], advance: Callable[[], None] = lambda: None) -> Evaluation:
+        """The same ``Evaluation`` on every rank.
+
+        Args:
+            student: this rank's chunks, in the teacher's layout. The teacher itself gives the column of the original.
+            advance: called after every group of batches.
+
+        Collectives: two forward passes, those of ``compare_heads``, one sum over data-parallel ranks, one broadcast
+        from the last stage.
+        """
+        sums = torch.zeros(5, dtype=torch.float64, device=self._context.device)
+        for first in range(0, len(self._batches), BATCHES_AT_ONCE):
+            batches = self._batches[first : first + BATCHES_AT_ONCE]
+            tokens = [batch.tokens.to(self._context.device) for batch in batches]
+            student_hidden = forward_hidden(student, tokens)
+            teacher_hidden = student_hidden if student is self._teacher else forward_hidden(self._teacher, tokens)
+            for batch, ours, theirs in zip(batches, student_hidden, teacher_hidden, strict=False):
+                sums += self._sums(batch, student[-1], ours, theirs)
+            advance()
+        if self._context.is_last_stage:
+            dist.all_reduce(sums, group=self._context.data_group)
+        if self._context.sizes.pipeline > 1:
+            dist.broadcast(sums, self._context.last_stage_rank, group=self._context.pipeline_group)
+        kl, student_ce, teacher_ce, agreement, tokens_seen = sums.tolist()
+        return Evaluation(
+            kl_to_teacher=kl / tokens_seen,
+            cross_entropy=student_ce / tokens_seen,
+            teacher_cross_entropy=teacher_ce / tokens_seen,
+            top1_agreement=agreement / tokens_seen,
+            tokens=int(tokens_seen),
+        )
+
+    def _sums(self, batch: Batch, student: CausalLM, student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
+        """float64 [5]: KL, student and teacher cross entropy, agreements, tokens of one microbatch."""
+        weights = flatten_tokens(batch.loss_mask.to(self._context.device))
+        metrics = compare_heads(
+            student_hidden.flatten(0, 1),
+            student.head_weight(),
+            teacher_hidden.flatten(0, 1),
+            self._teacher[-1].head_weight(),
+            flatten_tokens(batch.labels.to(self._context.device)),
+            token_weights=weights,
+            vocab_start=student.vocab_start,
+            group=self._context.tensor_group,
+            sequence_parallel=self._context.sizes.sequence,
+        )
+        counted = (
+            metrics.kl,
+            metrics.student_cross_entropy,
+            metrics.teacher_cross_entropy,
+            metrics.top1_agreement,
+            weights,
+        )
+        return torch.stack([values.double().sum() for values in counted])
