@@ -25,19 +25,28 @@ class Command:
     summary: str
     presets: tuple[str, ...] = ()
     """Overrides that come before the user's."""
+    writes_run: bool = False
+    """Starts or continues the run in ``output_dir``, rather than reading it."""
 
 
 COMMANDS = {
-    "demo": Command("demo", "the whole journey on the bundled teacher, on this CPU, no download", ("experiment=demo",)),
-    "recover": Command("recover", "quantize, distil, evaluate, export, verify and report"),
-    "quantize": Command("quantize", "calibrate and measure the gap of post-training quantization"),
-    "distill": Command("distill", "train the quantized student against the teacher; resumes by itself"),
+    "demo": Command(
+        "demo",
+        "the whole journey on the bundled teacher, on this CPU, no download",
+        ("experiment=demo",),
+        writes_run=True,
+    ),
+    "recover": Command("recover", "quantize, distil, evaluate, export, verify and report", writes_run=True),
+    "quantize": Command("quantize", "calibrate and measure the gap of post-training quantization", writes_run=True),
+    "distill": Command(
+        "distill", "train the quantized student against the teacher; resumes by itself", writes_run=True
+    ),
     "evaluate": Command("evaluate", "held-out KL to the teacher, cross entropies, top-1 agreement"),
     "export": Command("export", "write the NVFP4 Hugging Face checkpoint"),
     "verify": Command("verify", "read the export back as a client would and compare it with the student"),
     "report": Command("report", "write the page and its numbers"),
     "logits": Command("logits", "tokens=<npy int64 [b, s]> through the teacher or the student"),
-    "pretrain": Command("pretrain", "train a model from random weights with cross entropy"),
+    "pretrain": Command("pretrain", "train a model from random weights with cross entropy", writes_run=True),
 }
 
 
@@ -75,7 +84,7 @@ def _run(name: str, overrides: list[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"{name!r} is no command: choose one of {', '.join(COMMANDS)}")
     command = COMMANDS[name]
-    from megaqad import config
+    from megaqad import config, identity
 
     if "-h" in overrides or "--help" in overrides:
         print(f"megaqad {name}: {command.summary}\n\n{config.settings_help()}")
@@ -83,6 +92,8 @@ def _run(name: str, overrides: list[str]) -> int:
     launch.adopt_slurm_environment()
     settings = config.load_settings([*command.presets, *overrides])
     config.check_settings(name, settings)
+    if command.writes_run:
+        identity.check_output_dir(name, settings)
     if not launch.is_rank() and settings.local_ranks > 1:
         return launch.run_ranks_here([name, *overrides], settings.local_ranks)
     _quiet_imports()
@@ -105,6 +116,7 @@ def _quiet_imports() -> None:
     """Megatron-Core announces at import which optional packages it does without; none is needed here."""
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine|transformer_engine).*")
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated.*")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -21,7 +21,7 @@ from megaqad.training.optimizer import build_optimizer, wrap_for_training
 
 def pretrain(settings: Settings) -> None:
     """Every rank's part of the command."""
-    session = Session.start(settings)
+    session = Session.start(settings, command="pretrain")
     model = session.random_model()
     student = wrap_for_training(model)
     optimizer, scheduler = build_optimizer(student, settings.train, session.dtype)

@@ -13,6 +13,7 @@ from megaqad.data import Datasets, build_datasets, prepare_tokens
 from megaqad.distillation.forward import forward_hidden
 from megaqad.errors import UserError
 from megaqad.evaluation import Evaluator
+from megaqad.identity import claim_output_dir
 from megaqad.models.build import build_model, transformer_config
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import ModelDescription, describe_model
@@ -44,11 +45,18 @@ class Session:
     terminal: Terminal
 
     @classmethod
-    def start(cls, settings: Settings) -> "Session":
-        """Join the ranks and lay them out; the settings are checked already."""
+    def start(cls, settings: Settings, *, command: str | None = None) -> "Session":
+        """Join the ranks and lay them out; the settings are checked already.
+
+        Args:
+            command: claims ``output_dir`` for this run; None only reads it.
+        """
         join_ranks()
         context = initialize_parallel(settings.sizes, seed=settings.seed)
         description = describe_model(settings.model_dir)
+        if command is not None and context.is_main:
+            claim_output_dir(command, settings)
+        dist.barrier()
         return cls(settings, description, context, Terminal(is_main=context.is_main))
 
     @property

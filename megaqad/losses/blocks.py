@@ -23,7 +23,6 @@ from torch import Tensor
 
 FLOOR = -1e30
 """What -inf becomes: far below any logit, far above the end of FP32's range."""
-STATISTICS = 5
 SUM_BLOCK = 4096
 _BLOCK_ELEMENTS = 1 << 18
 
@@ -57,34 +56,42 @@ def shifted(logits: Tensor, peaks: Tensor, temperature: float, out: Tensor) -> T
     return out if temperature == 1.0 else out.div_(temperature)
 
 
-def statistics(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Local sums of forward KL: logits [n, v] BF16 or FP32 -> FP64 [5, n]: m_s, S_s, m_t, S_t, C."""
+def statistics(student: Tensor, teacher: Tensor | None, *, temperature: float, mask: Tensor | None = None) -> Tensor:
+    """Local sums of forward KL: logits [n, v] BF16 or FP32 -> FP64 [5, n]: m_s, S_s, m_t, S_t, C.
+
+    Without a teacher [2, n]: m_s, S_s, which is all that cross entropy needs. Rows where `mask` bool [n] is False may be
+    left unread; their statistics are finite or not, and mean nothing.
+    """
     tokens, columns = student.shape
-    result = torch.empty(STATISTICS, tokens, dtype=torch.float64, device=student.device)
+    result = torch.zeros(2 if teacher is None else 5, tokens, dtype=torch.float64, device=student.device)
     for rows in row_blocks(tokens, columns):
-        result[0, rows] = peak_s = peak(student[rows])
-        result[2, rows] = peak_t = peak(teacher[rows])
+        if mask is not None and not mask[rows].any():
+            continue
         a, b, e = torch.empty(3, *student[rows].shape, dtype=torch.float32, device=student.device)
-        shifted(student[rows], peak_s, temperature, out=a)
-        shifted(teacher[rows], peak_t, temperature, out=b)
-        result[1, rows] = blocked_sum(torch.exp(a, out=e))
-        result[3, rows] = blocked_sum(torch.exp(b, out=e))
-        result[4, rows] = blocked_sum(b.sub_(a).mul_(e))
+        result[0, rows] = peak_s = peak(student[rows])
+        result[1, rows] = blocked_sum(torch.exp(shifted(student[rows], peak_s, temperature, out=a), out=e))
+        if teacher is not None:
+            result[2, rows] = peak_t = peak(teacher[rows])
+            result[3, rows] = blocked_sum(torch.exp(shifted(teacher[rows], peak_t, temperature, out=b), out=e))
+            result[4, rows] = blocked_sum(b.sub_(a).mul_(e))
     return result
 
 
 def gradient(
-    student: Tensor, teacher: Tensor, *, peaks: Tensor, factors: Tensor, temperature: float, out: Tensor
+    student: Tensor, teacher: Tensor | None, *, peaks: Tensor, factors: Tensor, temperature: float, out: Tensor
 ) -> Tensor:
     """out = f_s e^((z_s - m_s) / T) - f_t e^((z_t - m_t) / T), and 0 in rows where both factors are 0.
 
     `student`, `teacher`, `out` [n, v] (`out` may be `student`), `peaks` FP32 [2, n] of the whole vocabulary (student,
-    teacher), `factors` FP32 [2, n]. A row of zero factors is 0 even where its logits are NaN.
+    teacher), `factors` FP32 [2, n]; [1, n] each without a teacher, whose term is then left out. A row of zero factors
+    is 0 even where its logits are NaN.
     """
     silent = (factors == 0).all(0)
     for rows in row_blocks(*student.shape):
         a, b = torch.empty(2, *student[rows].shape, dtype=torch.float32, device=student.device)
         shifted(student[rows], peaks[0, rows], temperature, out=a).exp_().mul_(factors[0, rows].unsqueeze(-1))
-        shifted(teacher[rows], peaks[1, rows], temperature, out=b).exp_().mul_(factors[1, rows].unsqueeze(-1))
-        out[rows] = a.sub_(b).masked_fill_(silent[rows].unsqueeze(-1), 0.0)
+        if teacher is not None:
+            shifted(teacher[rows], peaks[1, rows], temperature, out=b).exp_().mul_(factors[1, rows].unsqueeze(-1))
+            a.sub_(b)
+        out[rows] = a.masked_fill_(silent[rows].unsqueeze(-1), 0.0)
     return out

@@ -149,12 +149,10 @@ def _disagreement(views: dict[str, list[int]], tokens: Tokens, active: Tensor) -
     return None
 
 
-def local_labels(tokens: Tokens, chunk: Tensor, columns: int) -> Tensor | None:
-    """Labels of a chunk as columns of this rank's shard, ELSEWHERE where another rank holds them."""
-    if tokens.labels is None:
-        return None
-    labels = tokens.labels[chunk] - tokens.vocab_start
-    return labels.where((labels >= 0) & (labels < columns), ELSEWHERE)
+def local_labels(labels: Tensor, vocab_start: int, columns: int) -> Tensor:
+    """Global vocabulary ids as columns of this rank's shard, ELSEWHERE where another rank holds them."""
+    local = labels - vocab_start
+    return local.where((local >= 0) & (local < columns), ELSEWHERE)
 
 
 def whole_sequence(model: Model, layout: Layout) -> Tensor:

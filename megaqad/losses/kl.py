@@ -72,7 +72,7 @@ class _AllGatherStatisticsThenLocalGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor | None, call: _Call) -> Tensor:
-        local = call.kernel.statistics(student, teacher, call.temperature)
+        local = call.kernel.statistics(student, teacher, temperature=call.temperature, mask=mask)
         sums = merge(gathered_statistics(local, call.group), call.temperature)
         token_kl = sums.token_kl if mask is None else sums.token_kl.masked_fill(~mask, 0.0)
         ctx.save_for_backward(student, teacher, mask, sums.peaks, sums.sums)
@@ -116,7 +116,7 @@ def vocab_parallel_kl(
     token. Raises ValueError for tensors that do not fit together.
     """
     _check(student_logits, teacher_logits, temperature, token_mask)
-    kernel = kernels.choose(impl)
+    kernel = kernels.choose(impl, student_logits.device, {student_logits.dtype, teacher_logits.dtype})
     if impl == "reference":
         return reference.vocab_parallel_kl(
             student_logits, teacher_logits, temperature=temperature, group=group, token_mask=token_mask

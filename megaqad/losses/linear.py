@@ -67,7 +67,9 @@ def _run(student: Model, teacher: Model | None, plan: _Plan) -> _Outcome:
                 None
                 if teacher is None or teacher_hidden is None
                 else gemm.logits_(buffers[1, : len(tokens)], teacher_hidden[tokens], teacher.head.detach()),
-                inputs.local_labels(plan.tokens, tokens, columns),
+                None
+                if plan.tokens.labels is None
+                else inputs.local_labels(plan.tokens.labels[tokens], plan.tokens.vocab_start, columns),
             ),
             plan.kernel,
         )
@@ -192,7 +194,7 @@ def linear_divergence(
     with_grad = torch.is_grad_enabled()
     plan = _Plan(
         objective=objective,
-        kernel=kernels.choose(impl),
+        kernel=kernels.choose(impl, student_head.device, {torch.float32}),
         tokens=Tokens(token_weights.detach(), labels if objective.needs_labels else None, vocab_start),
         layout=Layout(group, sequence_parallel),
         accumulate_into=accumulate_into,

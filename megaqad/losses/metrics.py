@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megaqad.losses import gemm, inputs, kernels, kl
 from megaqad.losses.inputs import Layout, Model, Tokens
-from megaqad.losses.objectives import Chunk, CrossEntropy, ForwardKL
+from megaqad.losses.objectives import label_logits
 from megaqad.losses.sharding import Group, gather
 
 
@@ -63,7 +63,7 @@ def compare_heads(
     """
     student, teacher = Model(student_hidden, student_head), Model(teacher_hidden, teacher_head)
     tokens, layout = Tokens(token_weights, labels, vocab_start), Layout(group, sequence_parallel)
-    kernel = kernels.choose(impl)
+    kernel = kernels.choose(impl, student_head.device, {torch.float32})
     work = inputs.agree_on_work(student, teacher, tokens, layout, hidden_gradient=False)
     hidden_s, hidden_t = (inputs.whole_sequence(model, layout) for model in (student, teacher))
     columns, count = student_head.shape[0], token_weights.shape[0]
@@ -74,17 +74,18 @@ def compare_heads(
     for chosen in work.chunks:
         logits_s = gemm.logits_(buffers[0, : len(chosen)], hidden_s[chosen], student_head)
         logits_t = gemm.logits_(buffers[1, : len(chosen)], hidden_t[chosen], teacher_head)
-        places = inputs.local_labels(tokens, chosen, columns)
-        evaluations = [
-            ForwardKL().open(Chunk(logits_s, logits_t, None), kernel),
-            CrossEntropy().open(Chunk(logits_s, None, places), kernel),
-            CrossEntropy().open(Chunk(logits_t, None, places), kernel),
+        places = inputs.local_labels(labels[chosen], vocab_start, columns)
+        statistics = [
+            kernel.statistics(logits_s, logits_t, temperature=1.0),
+            label_logits(logits_s, places).unsqueeze(0),
+            label_logits(logits_t, places).unsqueeze(0),
         ]
-        parts = [evaluation.local() for evaluation in evaluations]
-        gathered = kl.gathered_statistics(torch.cat(parts), group).split([len(part) for part in parts], dim=1)
-        for row, (evaluation, part) in enumerate(zip(evaluations, gathered, strict=True)):
-            evaluation.merge(part)
-            losses[row, chosen] = evaluation.loss.float()
+        gathered = kl.gathered_statistics(torch.cat(statistics), group)
+        sums = kl.merge(gathered[:, :5], temperature=1.0)
+        losses[0, chosen] = sums.token_kl.float()
+        # -log p(label) = log S + (peak - label's logit), for both models at once
+        label = gathered[:, 5:].double().amax(0)
+        losses[1:, chosen] = (sums.sums.log() + (sums.peaks.double() - label)).float()
         # ids stay FP64: FP32 cannot hold every id beyond 2^24
         tops = torch.cat([_top_candidate(logits_s, vocab_start), _top_candidate(logits_t, vocab_start)])
         best = gather(tops, group)

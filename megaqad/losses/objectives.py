@@ -90,7 +90,7 @@ class _ForwardKL(Evaluation):
         self.temperature, self.kernel = objective.temperature, kernel
 
     def local(self) -> Tensor:
-        return self.kernel.statistics(self.student, self.teacher, self.temperature)
+        return self.kernel.statistics(self.student, self.teacher, temperature=self.temperature)
 
     def merge(self, gathered: Tensor) -> None:
         self.sums = kl.merge(gathered, self.temperature)
@@ -110,7 +110,7 @@ class CrossEntropy(Objective):
     needs_labels: ClassVar[bool] = True
 
     def open(self, chunk: Chunk, kernel: Kernel) -> Evaluation:
-        return _CrossEntropy(chunk)
+        return _CrossEntropy(chunk, kernel)
 
     def dense(self, student: Tensor, teacher: Tensor | None, labels: Tensor | None) -> Tensor:
         assert labels is not None
@@ -118,37 +118,30 @@ class CrossEntropy(Objective):
 
 
 class _CrossEntropy(Evaluation):
-    def __init__(self, chunk: Chunk) -> None:
+    def __init__(self, chunk: Chunk, kernel: Kernel) -> None:
         assert chunk.labels is not None
-        self.student, self.labels = chunk.student, chunk.labels
-        self.here = torch.nonzero(chunk.labels != ELSEWHERE).squeeze(-1)
+        self.student, self.labels, self.kernel = chunk.student, chunk.labels, kernel
 
     def local(self) -> Tensor:
-        peak, total = log_sum_exp_statistics(self.student)
-        picked = torch.full_like(peak, blocks.FLOOR)
-        picked[self.here] = self.student[self.here, self.labels[self.here]].double().clamp(min=blocks.FLOOR)
-        return torch.stack([peak, total, picked])
+        statistics = self.kernel.statistics(self.student, None, temperature=1.0)
+        return torch.cat([statistics, label_logits(self.student, self.labels).unsqueeze(0)])
 
     def merge(self, gathered: Tensor) -> None:
-        peak, total, picked = gathered.double().unbind(1)  # each [ranks, n]
+        peak, total, label = gathered.double().unbind(1)  # each [ranks, n]
         self.peak = peak.amax(0)
         self.total = (total * (peak - self.peak).exp()).sum(0)
-        self.loss = self.total.log() + (self.peak - picked.amax(0))
+        self.loss = self.total.log() + (self.peak - label.amax(0))
 
     def gradient(self, scale: Tensor, out: Tensor) -> None:
-        peak, factor = self.peak.float(), (scale / self.total).float()
-        for rows in blocks.row_blocks(*self.student.shape):
-            values = torch.empty_like(self.student[rows], dtype=torch.float32)
-            blocks.shifted(self.student[rows], peak[rows], 1.0, out=values).exp_().mul_(factor[rows].unsqueeze(-1))
-            out[rows] = values
-        out[self.here, self.labels[self.here]] -= scale[self.here].to(out.dtype)
+        peaks, factors = self.peak.float().unsqueeze(0), (scale / self.total).float().unsqueeze(0)
+        self.kernel.gradient(self.student, None, peaks=peaks, factors=factors, temperature=1.0, out=out)
+        here = torch.nonzero(self.labels != ELSEWHERE).squeeze(-1)
+        out[here, self.labels[here]] -= scale[here].to(out.dtype)
 
 
-def log_sum_exp_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Local maximum m and sum e^(z - m): [n, V_local] -> two FP64 [n]."""
-    peaks = blocks.peak(logits)
-    total = torch.empty_like(peaks, dtype=torch.float64)
-    for rows in blocks.row_blocks(*logits.shape):
-        values = torch.empty_like(logits[rows], dtype=torch.float32)
-        total[rows] = blocks.blocked_sum(blocks.shifted(logits[rows], peaks[rows], 1.0, out=values).exp_())
-    return peaks.double(), total
+def label_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """The label's logit where this rank holds it, else -1e30: [n, V_local], [n] -> FP64 [n]."""
+    here = torch.nonzero(labels != ELSEWHERE).squeeze(-1)
+    picked = torch.full(labels.shape, blocks.FLOOR, dtype=torch.float64, device=logits.device)
+    picked[here] = logits[here, labels[here]].double().clamp(min=blocks.FLOOR)
+    return picked

@@ -17,6 +17,7 @@ from megaqad.errors import UserError
 from megaqad.models.build import LinearChoice
 from megaqad.models.families import LinearSite
 from megaqad.quantization.layers import (
+    EXPORT_DTYPE,
     NVFP4ColumnParallelLinear,
     NVFP4RowParallelLinear,
     QuantizedLinear,
@@ -74,6 +75,14 @@ def refresh_weights(chunks: Sequence[torch.nn.Module], context: ParallelContext)
     amaxes = _maximum([layer.weight_amax() for layer in layers], [context.tensor_group])
     for layer, amax in zip(layers, amaxes, strict=True):
         layer.set_quantized_weight(amax)
+
+
+@torch.no_grad()
+def round_to_export_dtype(chunks: Sequence[torch.nn.Module]) -> None:
+    """Round every parameter to the dtype of the exported checkpoint, in place; nothing changes in a BF16 run."""
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.copy_(parameter.to(EXPORT_DTYPE))
 
 
 @torch.no_grad()

@@ -1,1 +1,30 @@
-"""report."""
+"""The report: one page, one JSON and a few pictures from which a person can decide whether to ship the model."""
+
+from megaqad.report.results import (
+    Column,
+    Curve,
+    LayerError,
+    RunFacts,
+    RunResults,
+    StepRow,
+    ValidationRow,
+    Verification,
+    read_curve,
+    recovery_json,
+)
+from megaqad.report.write import recovery_table, write_report
+
+__all__ = [
+    "Column",
+    "Curve",
+    "LayerError",
+    "RunFacts",
+    "RunResults",
+    "StepRow",
+    "ValidationRow",
+    "Verification",
+    "read_curve",
+    "recovery_json",
+    "recovery_table",
+    "write_report",
+]

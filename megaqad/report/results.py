@@ -72,8 +72,8 @@ class Curve:
 class LayerError:
     """What the recipe does to one weight.
 
-    module: Hugging Face names, joined by ", " where one GEMM holds several. relative_error: |Q(W) - W| / |W|, Frobenius.
-    bits: bits per weight with block scales, 16 for a layer kept in BF16.
+    module: Hugging Face names, joined by ", " where one GEMM holds several. relative_error: |Q(W) - W| / |W| in
+    Frobenius norms. bits: bits per weight with block scales, 16 for a layer kept in BF16.
     """
 
     module: str
@@ -87,7 +87,7 @@ class LayerError:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What `verify` found. summary: a clause that goes on after "verify:", such as "largest difference 0 over 512 logits"."""
+    """What `verify` found. summary: what follows "Export verified:", as in "the same logits over 512 tokens"."""
 
     passed: bool
     summary: str
@@ -151,7 +151,9 @@ def read_curve(path: Path) -> Curve:
             if "validation" in row:
                 validation.append(ValidationRow(**_picked(ValidationRow, {"step": row["step"], **row["validation"]})))
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} line {number} is no row of metrics ({error}): the file was cut or edited") from None
+            raise UserError(
+                f"{path} line {number} is no row of metrics ({error}): the file was cut or edited"
+            ) from None
     return Curve(tuple(steps), tuple(validation))
 
 

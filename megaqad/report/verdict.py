@@ -11,6 +11,7 @@ from typing import Literal
 from megaqad.report.results import Column, RunResults
 
 NBSP = "\N{NO-BREAK SPACE}"
+MINUS = "\N{MINUS SIGN}"
 SMALLEST_GAP = 1e-7
 """KL below this is rounding of FP32 logits, not a loss that could be recovered."""
 
@@ -65,7 +66,7 @@ def _kl_sentence(results: RunResults) -> str:
 def _text_sentence(results: RunResults) -> str:
     bf16, ptq, qad = results.bf16, results.ptq, results.qad
     return (
-        f"It picks the teacher's most likely token at {percent(qad.top1_agreement)} of positions (PTQ "
+        f"The distilled model picks the teacher's most likely token at {percent(qad.top1_agreement)} of positions (PTQ "
         f"{percent(ptq.top1_agreement)}); its cross entropy is {entropy(qad.cross_entropy)} (PTQ "
         f"{entropy(ptq.cross_entropy)}, teacher {entropy(bf16.cross_entropy)})."
     )
@@ -82,9 +83,18 @@ def _qat_sentence(qat: Column, results: RunResults) -> str:
     )
 
 
+def recovered_text(name: str, column: Column, results: RunResults) -> str:
+    """The table's entry for the share of the gap that a trained model has back; a dash where there is none."""
+    share = recovered_share(column, results) if name in ("qat", "qad") else None
+    return "\N{EN DASH}" if share is None else percent(share)
+
+
 def percent(share: float) -> str:
-    """A share as a percentage with one decimal. Rounded toward zero, so that 100.0 % means all of it."""
-    return f"{int(share * 1000) / 10:.1f}{NBSP}%"
+    """A share as a percentage with one decimal; 100.0 % and 0.0 % are kept for exactly all and nothing."""
+    rounded = round(100 * share, 1)
+    if rounded in (0.0, 100.0) and rounded != 100 * share:
+        rounded += 0.1 if 100 * share > rounded else -0.1
+    return f"{rounded:.1f}".replace("-", MINUS) + f"{NBSP}%"
 
 
 def nats(value: float) -> str:

@@ -1,0 +1,99 @@
+"""``megaqad logits``: token ids in, FP32 logits out, in any layout; the tool for comparing with other programs."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaqad.commands.session import Session
+from megaqad.commands.students import load_student
+from megaqad.config import Settings
+from megaqad.distillation.forward import forward_hidden
+from megaqad.errors import UserError
+from megaqad.models.causal_lm import CausalLM
+
+
+def logits(settings: Settings) -> None:
+    """Every rank's part of the command: write ``output_dir/logits.npy``, float32 [b, s, V]."""
+    session = Session.start(settings)
+    tokens = read_tokens(settings.tokens, session.description.vocab_size)
+    if session.context.sizes.sequence and tokens.shape[1] % session.context.sizes.tensor:
+        raise UserError(
+            f"tokens are {tokens.shape[1]} long, which does not divide by parallel.tensor="
+            f"{session.context.sizes.tensor}: set parallel.sequence=false"
+        )
+    student = load_student(session)
+    values = gathered_logits(session, student, tokens)
+    if session.context.is_main:
+        settings.run_dir.mkdir(parents=True, exist_ok=True)
+        assert values is not None
+        np.save(settings.run_dir / "logits.npy", values.numpy())
+    session.terminal.say(f"wrote {settings.run_dir / 'logits.npy'}")
+
+
+def read_tokens(path: str | None, vocab_size: int) -> Tensor:
+    """int64 [b, s] from a .npy file.
+
+    Raises:
+        UserError: no file, not integers, not two-dimensional, or ids outside the vocabulary.
+    """
+    if path is None:
+        raise UserError("tokens is not set: give tokens=<file.npy> with int64 token ids [b, s]")
+    if not Path(path).is_file():
+        raise UserError(f"tokens={path} does not exist: give a .npy file with int64 token ids [b, s]")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise UserError(f"tokens={path} is no .npy file of numbers ({error}): save int64 ids with numpy.save") from error
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or array.size == 0:
+        raise UserError(f"tokens={path} has shape {array.shape} and dtype {array.dtype}: give int64 ids [b, s]")
+    if array.min() < 0 or array.max() >= vocab_size:
+        raise UserError(
+            f"tokens={path} holds ids from {array.min()} to {array.max()}: the vocabulary has 0 to {vocab_size - 1}"
+        )
+    return torch.from_numpy(array.astype(np.int64))
+
+
+@torch.no_grad()
+def gathered_logits(session: Session, chunks: list[CausalLM], tokens: Tensor) -> Tensor | None:
+    """FP32 logits [b, s, V] on the main rank, None elsewhere. One sequence at a time, so memory stays small.
+
+    Collectives: the forward pass, a gather over the tensor-parallel group of the last stage, one send to the main rank.
+    """
+    context = session.context
+    parts = []
+    for row in tokens.to(context.device).split(1):
+        hidden = forward_hidden(chunks, [row])
+        if not context.is_last_stage:
+            continue
+        states = hidden[0]
+        if context.sizes.sequence:
+            states = _gather(states, context.tensor_group, dim=0)
+        head = chunks[-1].head_weight()
+        local = states.squeeze(1).float() @ head.float().t()  # [s, V/tp]
+        parts.append(_gather(local, context.tensor_group, dim=1).cpu())
+    values = torch.stack(parts) if parts else None
+    source = context.last_stage_rank
+    if source == 0:
+        return values if context.is_main else None
+    if context.rank == source and context.data_rank == 0 and context.tensor_rank == 0:
+        assert values is not None
+        dist.send(values.to(context.device), dst=0)
+    if context.is_main:
+        received = torch.empty(*tokens.shape, session.description.vocab_size, device=context.device)
+        dist.recv(received, src=source)
+        return received.cpu()
+    return None
+
+
+def _gather(local: Tensor, group: dist.ProcessGroup, *, dim: int) -> Tensor:
+    """Concatenate the ranks' tensors, which may differ in size along ``dim``."""
+    if group.size() == 1:
+        return local
+    shapes: list[torch.Size] = [torch.Size()] * group.size()
+    dist.all_gather_object(shapes, local.shape, group=group)
+    parts = [torch.empty(shape, dtype=local.dtype, device=local.device) for shape in shapes]
+    dist.all_gather(parts, local.contiguous(), group=group)
+    return torch.cat(parts, dim=dim)

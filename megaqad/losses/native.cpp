@@ -1,0 +1,281 @@
+// Forward KL on one vocabulary shard for CPUs: the same two functions as blocks.py, sixteen logits at a time.
+//
+// Compiled on first use by native.py with the machine's own C++ compiler, called through ctypes, no PyTorch headers.
+// Written with the vector extensions of GCC and Clang, so one source serves AVX2, AVX-512 and NEON.
+//
+// A row is read twice: once for its maximum, once for its sums, the second time from cache. Sums run in sixteen FP32
+// lanes over 4096 columns, then in FP64. No value is subtracted from another before its row's maximum was subtracted
+// from both. Comparisons are written so that NaN is never chosen away: it must reach the result.
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int64_t kBlock = 4096;
+constexpr float kFloor = -1e30f;  // what -inf becomes
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline Floats splat(float value) { return Floats{} + value; }
+
+inline Floats load(const float* from) {
+  Floats value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+inline Floats load(const bf16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return (Floats)(__builtin_convertvector(halves, Words) << 16);
+}
+
+inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
+
+inline void store(bf16* to, Floats value) {  // round to nearest, ties to even; NaN stays NaN
+  Words bits = (Words)value;
+  Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  Words is_nan = (Words)(value != value);
+  Halves halves = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+
+// The last few columns of a row, filled up with -inf.
+template <typename T>
+inline Floats load_tail(const T* from, int64_t count) {
+  float values[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) values[lane] = kFloor;
+  for (int64_t lane = 0; lane < count; ++lane) {
+    if constexpr (sizeof(T) == 4) {
+      values[lane] = from[lane];
+    } else {
+      uint32_t bits = uint32_t(from[lane].bits) << 16;
+      std::memcpy(&values[lane], &bits, 4);
+    }
+  }
+  return load(values);
+}
+
+template <typename T>
+inline void store_tail(T* to, Floats value, int64_t count) {
+  T values[kLanes];
+  store(values, value);
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] = values[lane];
+}
+
+// e^x for x <= 0, within about one unit in the last place; 0 below -87.
+// x = n ln 2 + r, |r| <= ln(2) / 2; ln 2 is split so that n times its head is exact.
+// The polynomial is a minimax fit of (e^r - 1 - r) / r^2, relative error of e^r 3e-9.
+inline Floats exponential(Floats x) {
+  const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  Floats shifted = x * 1.44269504f + magic;
+  Floats n = shifted - magic;
+  Floats r = x - n * 0x1.62e4p-1f;
+  r = r - n * 0x1.7f7d1cp-20f;
+  Floats p = splat(0x1.6a23cep-10f);
+  p = p * r + 0x1.123a2p-7f;
+  p = p * r + 0x1.5558f2p-5f;
+  p = p * r + 0x1.555492p-3f;
+  p = p * r + 0x1.fffffcp-2f;
+  p = (p * r) * r + r + 1.0f;
+  Words power = ((Words)shifted - (Words)magic) << 23;
+  Floats value = (Floats)((Words)p + power);
+  return (Floats)((Words)value & ~(Words)(x < -87.0f));
+}
+
+// (max(z, floor) - peak) / T
+template <bool kTempered>
+inline Floats shift(Floats z, float peak, float inverse_temperature) {
+  Floats floor = splat(kFloor);
+  Floats d = (z < floor ? floor : z) - peak;
+  return kTempered ? d * inverse_temperature : d;
+}
+
+inline double sum(Floats lanes) {
+  double total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += lanes[lane];
+  return total;
+}
+
+template <typename T>
+float peak_of(const T* row, int64_t columns) {
+  Floats best = splat(kFloor);
+  int64_t column = 0;
+  for (; column + kLanes <= columns; column += kLanes) {
+    Floats z = load(row + column);
+    best = z > best ? z : best;
+  }
+  Floats z = load_tail(row + column, columns - column);
+  best = z > best ? z : best;
+  float peak = kFloor;
+  for (int lane = 0; lane < kLanes; ++lane) peak = best[lane] > peak ? best[lane] : peak;
+  return peak;
+}
+
+struct Sums {
+  Floats student{}, teacher{}, cross{};
+
+  template <bool kTempered, bool kTeacher>
+  inline void add(Floats z_s, Floats z_t, float peak_s, float peak_t, float inverse_temperature) {
+    Floats d_s = shift<kTempered>(z_s, peak_s, inverse_temperature);
+    student += exponential(d_s);
+    if constexpr (kTeacher) {
+      Floats d_t = shift<kTempered>(z_t, peak_t, inverse_temperature);
+      Floats e_t = exponential(d_t);
+      teacher += e_t;
+      cross += e_t * (d_t - d_s);
+    }
+  }
+};
+
+// One row's m_s, S_s, and with a teacher m_t, S_t, C; `out` advances by `stride` between them.
+template <typename S, typename T, bool kTempered, bool kTeacher>
+void row_statistics(const S* student, const T* teacher, int64_t columns, float inverse_temperature, double* out,
+                    int64_t stride) {
+  float peak_s = peak_of(student, columns);
+  float peak_t = kTeacher ? peak_of(teacher, columns) : 0.0f;
+  double total_s = 0, total_t = 0, total_c = 0;
+  for (int64_t first = 0; first < columns; first += kBlock) {
+    int64_t last = first + kBlock < columns ? first + kBlock : columns;
+    Sums sums;
+    int64_t column = first;
+    for (; column + kLanes <= last; column += kLanes)
+      sums.add<kTempered, kTeacher>(load(student + column), kTeacher ? load(teacher + column) : Floats{}, peak_s,
+                                    peak_t, inverse_temperature);
+    if (column < last)
+      sums.add<kTempered, kTeacher>(load_tail(student + column, last - column),
+                                    kTeacher ? load_tail(teacher + column, last - column) : Floats{}, peak_s, peak_t,
+                                    inverse_temperature);
+    total_s += sum(sums.student);
+    total_t += sum(sums.teacher);
+    total_c += sum(sums.cross);
+  }
+  out[0] = peak_s;
+  out[stride] = total_s;
+  if constexpr (kTeacher) {
+    out[2 * stride] = peak_t;
+    out[3 * stride] = total_t;
+    out[4 * stride] = total_c;
+  }
+}
+
+// One row of f_s e^(d_s) - f_t e^(d_t); `out` may be `student`.
+template <typename S, typename T, bool kTempered, bool kTeacher>
+void row_gradient(const S* student, const T* teacher, int64_t columns, float inverse_temperature, float peak_s,
+                  float peak_t, float factor_s, float factor_t, S* out) {
+  auto slope = [&](Floats z_s, Floats z_t) {
+    Floats value = exponential(shift<kTempered>(z_s, peak_s, inverse_temperature)) * factor_s;
+    if constexpr (kTeacher) value -= exponential(shift<kTempered>(z_t, peak_t, inverse_temperature)) * factor_t;
+    return value;
+  };
+  int64_t column = 0;
+  for (; column + kLanes <= columns; column += kLanes)
+    store(out + column, slope(load(student + column), kTeacher ? load(teacher + column) : Floats{}));
+  int64_t rest = columns - column;
+  if (rest)
+    store_tail(out + column, slope(load_tail(student + column, rest), kTeacher ? load_tail(teacher + column, rest) : Floats{}),
+               rest);
+}
+
+struct Shape {
+  int64_t rows, columns, student_stride, teacher_stride, out_stride;
+  float inverse_temperature;
+  int threads;
+};
+
+template <typename S, typename T, bool kTempered, bool kTeacher>
+void all_statistics(const void* student, const void* teacher, const uint8_t* mask, double* out, const Shape& shape) {
+#pragma omp parallel for schedule(static) num_threads(shape.threads)
+  for (int64_t row = 0; row < shape.rows; ++row) {
+    if (mask && !mask[row]) continue;
+    row_statistics<S, T, kTempered, kTeacher>((const S*)student + row * shape.student_stride,
+                                              (const T*)teacher + row * shape.teacher_stride, shape.columns,
+                                              shape.inverse_temperature, out + row, shape.rows);
+  }
+}
+
+template <typename S, typename T, bool kTempered, bool kTeacher>
+void all_gradients(const void* student, const void* teacher, const float* peaks, const float* factors, void* out,
+                   const Shape& shape) {
+#pragma omp parallel for schedule(static) num_threads(shape.threads)
+  for (int64_t row = 0; row < shape.rows; ++row) {
+    float factor_s = factors[row], factor_t = kTeacher ? factors[shape.rows + row] : 0.0f;
+    S* to = (S*)out + row * shape.out_stride;
+    if (factor_s == 0.0f && factor_t == 0.0f) {  // not read: it may hold NaN
+      std::memset((void*)to, 0, sizeof(S) * shape.columns);
+      continue;
+    }
+    row_gradient<S, T, kTempered, kTeacher>((const S*)student + row * shape.student_stride,
+                                            (const T*)teacher + row * shape.teacher_stride, shape.columns,
+                                            shape.inverse_temperature, peaks[row],
+                                            kTeacher ? peaks[shape.rows + row] : 0.0f, factor_s, factor_t, to);
+  }
+}
+
+// Calls action.template run<S, T, tempered, teacher>() for run-time types.
+template <typename Action>
+void dispatch(int student_is_bf16, int teacher_is_bf16, bool tempered, bool teacher, const Action& action) {
+  auto with_types = [&](auto s, auto t) {
+    using S = decltype(s);
+    using T = decltype(t);
+    if (teacher) {
+      tempered ? action.template run<S, T, true, true>() : action.template run<S, T, false, true>();
+    } else {
+      tempered ? action.template run<S, T, true, false>() : action.template run<S, T, false, false>();
+    }
+  };
+  if (student_is_bf16) {
+    teacher_is_bf16 ? with_types(bf16{}, bf16{}) : with_types(bf16{}, float{});
+  } else {
+    teacher_is_bf16 ? with_types(float{}, bf16{}) : with_types(float{}, float{});
+  }
+}
+
+struct StatisticsCall {
+  const void *student, *teacher;
+  const uint8_t* mask;
+  double* out;
+  const Shape& shape;
+  template <typename S, typename T, bool kTempered, bool kTeacher>
+  void run() const {
+    all_statistics<S, T, kTempered, kTeacher>(student, teacher, mask, out, shape);
+  }
+};
+
+struct GradientCall {
+  const void *student, *teacher;
+  const float *peaks, *factors;
+  void* out;
+  const Shape& shape;
+  template <typename S, typename T, bool kTempered, bool kTeacher>
+  void run() const {
+    all_gradients<S, T, kTempered, kTeacher>(student, teacher, peaks, factors, out, shape);
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// teacher may be null: then only m_s and S_s, and a gradient of f_s e^(d_s). mask may be null: then all rows.
+void megaqad_kl_statistics(const void* student, const void* teacher, int student_is_bf16, int teacher_is_bf16,
+                           const uint8_t* mask, double* out, const Shape* shape) {
+  dispatch(student_is_bf16, teacher_is_bf16, shape->inverse_temperature != 1.0f, teacher != nullptr,
+           StatisticsCall{student, teacher, mask, out, *shape});
+}
+
+// out has the student's type and may be the student's logits.
+void megaqad_kl_gradient(const void* student, const void* teacher, int student_is_bf16, int teacher_is_bf16,
+                         const float* peaks, const float* factors, void* out, const Shape* shape) {
+  dispatch(student_is_bf16, teacher_is_bf16, shape->inverse_temperature != 1.0f, teacher != nullptr,
+           GradientCall{student, teacher, peaks, factors, out, *shape});
+}
+}
