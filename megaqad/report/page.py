@@ -158,7 +158,7 @@ def _layer_table(rows: Sequence[LayerError]) -> str:
         return ""
     worst_first = sorted(rows, key=lambda row: -row.relative_error)
     body = "\n".join(
-        f"<tr><td>{escape(row.module)}</td><td>{row.bits:g}</td><td>{100 * row.relative_error:.3f}{NBSP}%</td></tr>"
+        f"<tr><td>{escape(row.module)}</td><td>{row.bits:g}</td><td>{100 * row.relative_error:.2f}{NBSP}%</td></tr>"
         for row in worst_first
     )
     head = "".join(f'<th scope="col">{title}</th>' for title in ("Weight", "Bits", "Error"))

@@ -220,14 +220,14 @@ def _over_steps(figure: Figure) -> Axes:
 
 
 def _course(axes: Axes, curve: Curve, color: str, label: str) -> None:
-    """Every finite step thin, their running mean thick."""
+    """Every finite step thin, their centred running mean thick."""
     finite = [(row.step, row.loss) for row in curve.steps if np.isfinite(row.loss)]
     steps, losses = (np.array(values) for values in zip(*finite, strict=True)) if finite else (np.empty(0), np.empty(0))
     axes.plot(steps, losses, color=color, linewidth=0.6, alpha=0.45)
     window = max(1, len(losses) // 20)
     if window > 1:
         mean = np.convolve(losses, np.full(window, 1 / window), mode="valid")
-        axes.plot(steps[window - 1 :], mean, color=color, linewidth=1.8, label=label)
+        axes.plot(steps[window // 2 :][: len(mean)], mean, color=color, linewidth=1.8, label=label)
     else:
         axes.lines[-1].set(linewidth=1.6, alpha=1.0, label=label)
 
