@@ -27,6 +27,7 @@ from megaqad.models.description import ModelDescription, describe_model
 from megaqad.quantization.settings import QuantizationSettings
 from megaqad.runtime.sizes import ParallelSizes
 
+BUNDLED_TEACHER = Path(__file__).parent / "assets" / "teacher"
 OBJECTIVES = ("qad", "qat")
 DTYPES = ("bfloat16", "float32")
 EXPORT_FORMATS = ("modelopt",)
@@ -163,7 +164,7 @@ class Settings:
     """All settings of a command."""
 
     model: str = MISSING
-    """Directory of the BF16 Hugging Face checkpoint: the teacher, and the student's start."""
+    """Directory of the BF16 Hugging Face checkpoint: the teacher, and the student's start. ``bundled`` is the demo's."""
     output_dir: str = MISSING
     """Where the run writes everything."""
     tokens: str | None = None
@@ -187,7 +188,7 @@ class Settings:
 
     @property
     def model_dir(self) -> Path:
-        return Path(self.model)
+        return BUNDLED_TEACHER if self.model == "bundled" else Path(self.model)
 
     @property
     def run_dir(self) -> Path:

@@ -46,7 +46,9 @@ def read_tokens(path: str | None, vocab_size: int) -> Tensor:
     try:
         array = np.load(path, allow_pickle=False)
     except ValueError as error:
-        raise UserError(f"tokens={path} is no .npy file of numbers ({error}): save int64 ids with numpy.save") from error
+        raise UserError(
+            f"tokens={path} is no .npy file of numbers ({error}): save int64 ids with numpy.save"
+        ) from error
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or array.size == 0:
         raise UserError(f"tokens={path} has shape {array.shape} and dtype {array.dtype}: give int64 ids [b, s]")
     if array.min() < 0 or array.max() >= vocab_size:

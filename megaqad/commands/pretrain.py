@@ -46,7 +46,7 @@ def pretrain(settings: Settings) -> None:
         save=lambda _step, _samples: _save(session, model),
         save_every=settings.checkpoint.every,
         validate=lambda: {
-            "validation_cross_entropy": evaluator(settings.evaluation.training_tokens).evaluate(model).cross_entropy
+            "cross_entropy": evaluator(settings.evaluation.training_tokens).evaluate(model).cross_entropy
         },
         validate_every=settings.evaluation.every,
     ).run()

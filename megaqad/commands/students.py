@@ -77,7 +77,7 @@ def train_student(session: Session, run_dir: Path, objective: Objective) -> list
 
     def validate() -> dict[str, float]:
         numbers = evaluator.evaluate(student)
-        return {"validation_kl": numbers.kl_to_teacher, "validation_cross_entropy": numbers.cross_entropy}
+        return {"kl_to_teacher": numbers.kl_to_teacher, "cross_entropy": numbers.cross_entropy}
 
     def save(step: int, consumed_samples: int) -> None:
         directory = step_directory(run_dir, step)

@@ -59,8 +59,8 @@ def shifted(logits: Tensor, peaks: Tensor, temperature: float, out: Tensor) -> T
 def statistics(student: Tensor, teacher: Tensor | None, *, temperature: float, mask: Tensor | None = None) -> Tensor:
     """Local sums of forward KL: logits [n, v] BF16 or FP32 -> FP64 [5, n]: m_s, S_s, m_t, S_t, C.
 
-    Without a teacher [2, n]: m_s, S_s, which is all that cross entropy needs. Rows where `mask` bool [n] is False may be
-    left unread; their statistics are finite or not, and mean nothing.
+    Without a teacher [2, n]: m_s, S_s, which is all that cross entropy needs. Rows where `mask` bool [n] is False may
+    be left unread; their statistics are finite or not, and mean nothing.
     """
     tokens, columns = student.shape
     result = torch.zeros(2 if teacher is None else 5, tokens, dtype=torch.float64, device=student.device)

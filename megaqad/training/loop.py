@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from megaqad.config import TrainSettings
 from megaqad.data import TokenDataset
@@ -44,7 +45,7 @@ class Loop:
                 consumed_samples += self.settings.global_batch_size
                 if not math.isfinite(result.loss):
                     raise FloatingPointError(f"the loss of step {number} is {result.loss}")
-                row: dict[str, float] = {
+                row: dict[str, Any] = {
                     "step": number,
                     "loss": result.loss,
                     "lr": result.lr,
@@ -53,7 +54,7 @@ class Loop:
                     "seconds": round(time.perf_counter() - started, 4),
                 }
                 if self.validate_every and (number % self.validate_every == 0 or number == last):
-                    row |= self.validate()
+                    row["validation"] = self.validate()
                 self.log.write(row)
                 progress.update(progress.task_ids[0], advance=1, note=f"loss {result.loss:.4f}")
                 if number % self.save_every == 0 or number == last:
