@@ -1,0 +1,82 @@
+"""What the ranks do in the export tests."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megaqad.distillation.forward import forward_hidden
+from megaqad.export.modelopt import export_modelopt
+from megaqad.models.build import build_model, transformer_config
+from megaqad.models.causal_lm import CausalLM
+from megaqad.models.description import describe_model
+from megaqad.models.families import linear_sites
+from megaqad.models.hf_reader import load_weights
+from megaqad.quantization.recipe import Recipe
+from megaqad.quantization.settings import QuantizationSettings
+from megaqad.quantization.state import calibrate, input_amaxes, linear_for
+from megaqad.runtime.parallel import ParallelContext, ParallelSizes, parallel
+
+
+def linear_modules(folder: Path) -> list[str]:
+    description = describe_model(folder)
+    return [
+        name
+        for layer in range(description.num_layers)
+        for site in linear_sites(description, layer).values()
+        for name in site.hf_modules
+    ]
+
+
+def export_weights(rank: int, world: int, folder: Path, sizes: ParallelSizes, options: dict[str, Any]) -> None:
+    """Export a loaded checkpoint. ``options``: output_dir, modules, input_amax, spoil, max_file_bytes."""
+    with parallel(sizes) as context:
+        description = describe_model(folder)
+        config = transformer_config(description, sizes, dtype=options.pop("dtype", torch.bfloat16))
+        chunks = build_model(description, config, context)
+        load_weights(chunks, description, folder)
+        spoil = options.pop("spoil", None)
+        if spoil is not None and rank == world - 1:
+            chunks[-1].decoder.layers[-1].mlp.linear_fc2.weight.data[3, 5] = spoil
+        export_modelopt(chunks, description, context, model_dir=folder, **options)
+
+
+def student_logits(chunks: list[CausalLM], context: ParallelContext, tokens: np.ndarray) -> Any:
+    """(vocab_start, FP32 logits [b, s, local V]) on the last stage."""
+    hidden = forward_hidden(chunks, list(torch.from_numpy(tokens).split(1)))
+    if not context.is_last_stage:
+        return None
+    whole: Tensor = torch.cat(hidden, 1)
+    if context.sizes.sequence:
+        whole = gather_from_sequence_parallel_region(whole, group=context.tensor_group)
+    logits = torch.einsum("sbh,vh->bsv", whole.float(), chunks[-1].head_weight().detach().float())
+    return chunks[-1].vocab_start, logits.numpy()
+
+
+def calibrate_and_export(rank: int, world: int, folder: Path, sizes: ParallelSizes, options: dict[str, Any]) -> Any:
+    """The student of a recipe: calibrated, its logits taken, exported.
+
+    ``options``: output_dir, settings (QuantizationSettings arguments), dtype, tokens.
+    """
+    with parallel(sizes) as context:
+        description = describe_model(folder)
+        recipe = Recipe(QuantizationSettings(**options["settings"]), [*linear_modules(folder), "lm_head"])
+        config = transformer_config(description, sizes, dtype=options["dtype"])
+        chunks = build_model(description, config, context, linear_for=linear_for(recipe))
+        load_weights(chunks, description, folder)
+        tokens = options["tokens"]
+        calibrate(chunks, context, lambda: forward_hidden(chunks, list(torch.from_numpy(tokens).split(1))))
+        logits = student_logits(chunks, context, tokens)
+        export_modelopt(
+            chunks,
+            description,
+            context,
+            options["output_dir"],
+            model_dir=folder,
+            modules=recipe.quantized_modules(),
+            input_amax=None if recipe.settings.activations == "none" else input_amaxes(chunks),
+        )
+        return logits
