@@ -86,7 +86,7 @@ def _facts(settings: Settings, seconds: float, command: list[str]) -> RunFacts:
         )
     sizes = hf_tensors(description).values()
     return RunFacts(
-        model=settings.model,
+        model=settings.model_dir.absolute().name,
         parameters=sum(_product(shape) for shape in sizes),
         data=settings.data.source if settings.data.source != "text" else ", ".join(settings.data.files),
         layout=f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"

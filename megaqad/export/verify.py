@@ -33,9 +33,9 @@ __all__ = ["Tolerance", "Verification", "VerificationError", "verify"]
 class Tolerance:
     """How far the exported model's logits may be from the student's."""
 
-    relative_error: float = 0.05
+    relative_error: float = 0.01
     """Norm of the difference over the norm of the student's logits, both centred per token."""
-    kl: float = 0.01
+    kl: float = 1e-4
     """Mean KL(student || exported) in nats per token."""
 
 

@@ -71,10 +71,12 @@ inline void store_tail(T* to, Floats value, int64_t count) {
   for (int64_t lane = 0; lane < count; ++lane) to[lane] = values[lane];
 }
 
-// e^x for x <= 0, within about one unit in the last place; 0 below -87.
+// factor * e^x for x <= 0, within about one unit in the last place; 0 below -87.
 // x = n ln 2 + r, |r| <= ln(2) / 2; ln 2 is split so that n times its head is exact.
 // The polynomial is a minimax fit of (e^r - 1 - r) / r^2, relative error of e^r 3e-9.
-inline Floats exponential(Floats x) {
+// The product with `factor` is followed by a bit mask, which keeps the compiler from fusing it with a later subtraction:
+// equal student and teacher must give a gradient of exactly 0, not one rounded and one unrounded product.
+inline Floats exponential(Floats x, float factor) {
   const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
   Floats shifted = x * 1.44269504f + magic;
   Floats n = shifted - magic;
@@ -87,7 +89,7 @@ inline Floats exponential(Floats x) {
   p = p * r + 0x1.fffffcp-2f;
   p = (p * r) * r + r + 1.0f;
   Words power = ((Words)shifted - (Words)magic) << 23;
-  Floats value = (Floats)((Words)p + power);
+  Floats value = (Floats)((Words)p + power) * factor;
   return (Floats)((Words)value & ~(Words)(x < -87.0f));
 }
 
@@ -126,10 +128,10 @@ struct Sums {
   template <bool kTempered, bool kTeacher>
   inline void add(Floats z_s, Floats z_t, float peak_s, float peak_t, float inverse_temperature) {
     Floats d_s = shift<kTempered>(z_s, peak_s, inverse_temperature);
-    student += exponential(d_s);
+    student += exponential(d_s, 1.0f);
     if constexpr (kTeacher) {
       Floats d_t = shift<kTempered>(z_t, peak_t, inverse_temperature);
-      Floats e_t = exponential(d_t);
+      Floats e_t = exponential(d_t, 1.0f);
       teacher += e_t;
       cross += e_t * (d_t - d_s);
     }
@@ -172,8 +174,8 @@ template <typename S, typename T, bool kTempered, bool kTeacher>
 void row_gradient(const S* student, const T* teacher, int64_t columns, float inverse_temperature, float peak_s,
                   float peak_t, float factor_s, float factor_t, S* out) {
   auto slope = [&](Floats z_s, Floats z_t) {
-    Floats value = exponential(shift<kTempered>(z_s, peak_s, inverse_temperature)) * factor_s;
-    if constexpr (kTeacher) value -= exponential(shift<kTempered>(z_t, peak_t, inverse_temperature)) * factor_t;
+    Floats value = exponential(shift<kTempered>(z_s, peak_s, inverse_temperature), factor_s);
+    if constexpr (kTeacher) value -= exponential(shift<kTempered>(z_t, peak_t, inverse_temperature), factor_t);
     return value;
   };
   int64_t column = 0;
@@ -220,9 +222,12 @@ void all_gradients(const void* student, const void* teacher, const float* peaks,
   }
 }
 
+enum Type { kAbsent = -1, kFloat32 = 0, kBfloat16 = 1 };
+
 // Calls action.template run<S, T, tempered, teacher>() for run-time types.
 template <typename Action>
-void dispatch(int student_is_bf16, int teacher_is_bf16, bool tempered, bool teacher, const Action& action) {
+void dispatch(int student_type, int teacher_type, bool tempered, const Action& action) {
+  const bool teacher = teacher_type != kAbsent;
   auto with_types = [&](auto s, auto t) {
     using S = decltype(s);
     using T = decltype(t);
@@ -232,10 +237,10 @@ void dispatch(int student_is_bf16, int teacher_is_bf16, bool tempered, bool teac
       tempered ? action.template run<S, T, true, false>() : action.template run<S, T, false, false>();
     }
   };
-  if (student_is_bf16) {
-    teacher_is_bf16 ? with_types(bf16{}, bf16{}) : with_types(bf16{}, float{});
+  if (student_type == kBfloat16) {
+    teacher_type == kBfloat16 ? with_types(bf16{}, bf16{}) : with_types(bf16{}, float{});
   } else {
-    teacher_is_bf16 ? with_types(float{}, bf16{}) : with_types(float{}, float{});
+    teacher_type == kBfloat16 ? with_types(float{}, bf16{}) : with_types(float{}, float{});
   }
 }
 
@@ -265,17 +270,18 @@ struct GradientCall {
 
 extern "C" {
 
-// teacher may be null: then only m_s and S_s, and a gradient of f_s e^(d_s). mask may be null: then all rows.
-void megaqad_kl_statistics(const void* student, const void* teacher, int student_is_bf16, int teacher_is_bf16,
+// Types as in `Type`. Without a teacher: only m_s and S_s, and a gradient of f_s e^(d_s). mask may be null: all rows.
+// (An empty shard's pointers are null too, so a null teacher does not mean that there is none.)
+void megaqad_kl_statistics(const void* student, const void* teacher, int student_type, int teacher_type,
                            const uint8_t* mask, double* out, const Shape* shape) {
-  dispatch(student_is_bf16, teacher_is_bf16, shape->inverse_temperature != 1.0f, teacher != nullptr,
+  dispatch(student_type, teacher_type, shape->inverse_temperature != 1.0f,
            StatisticsCall{student, teacher, mask, out, *shape});
 }
 
 // out has the student's type and may be the student's logits.
-void megaqad_kl_gradient(const void* student, const void* teacher, int student_is_bf16, int teacher_is_bf16,
+void megaqad_kl_gradient(const void* student, const void* teacher, int student_type, int teacher_type,
                          const float* peaks, const float* factors, void* out, const Shape* shape) {
-  dispatch(student_is_bf16, teacher_is_bf16, shape->inverse_temperature != 1.0f, teacher != nullptr,
+  dispatch(student_type, teacher_type, shape->inverse_temperature != 1.0f,
            GradientCall{student, teacher, peaks, factors, out, *shape});
 }
 }

@@ -114,8 +114,8 @@ def _address(tensor: Tensor | None) -> ctypes.c_void_p:
 
 
 def _operands(student: Tensor, teacher: Tensor | None) -> tuple[ctypes.c_void_p, ctypes.c_void_p, int, int]:
-    narrow = [int(x is not None and x.dtype == torch.bfloat16) for x in (student, teacher)]
-    return _address(student), _address(teacher), narrow[0], narrow[1]
+    teacher_type = -1 if teacher is None else int(teacher.dtype == torch.bfloat16)
+    return _address(student), _address(teacher), int(student.dtype == torch.bfloat16), teacher_type
 
 
 def _shape(student: Tensor, teacher: Tensor | None, temperature: float, out: Tensor | None = None) -> _Shape:

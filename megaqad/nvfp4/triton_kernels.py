@@ -2,10 +2,20 @@
 
 One program takes ``TILE`` blocks. It reads the elements two at a time, as one machine word, so that the two codes of a
 byte are computed side by side and nothing has to be shuffled between threads: a 16-bit pair is an int32, a float32 pair
-an int64. Everything after that is float32 and integer arithmetic that IEEE 754 pins down: divisions are correctly
-rounded (``div_rn``; the plain operator is not on a GPU), and conversions to E2M1, E4M3 and BF16 are spelled out on
-bit patterns. So the compiled kernel and Triton's interpreter, whose own FP8 and BF16 casts round differently, agree
-with each other and with the reference. The simpler choice, ``.to(tl.float8e4nv)``, would be right on one of the two.
+an int64. Everything after that is float32 and integer arithmetic that IEEE 754 pins down, the same bits on any device
+and in Triton's interpreter:
+
+Division is correctly rounded, which Triton's ``/`` is not. ``div_rn`` is, at a dozen instructions, as many as all the
+rest of an element's work. ``_divide`` needs five: from a correctly rounded reciprocal ``r`` of the divisor, shared by
+the block, one fused multiply-add pair makes ``a * r`` faithful, and a second one makes it correctly rounded (Markstein,
+IBM J. Res. Dev. 34, 1990). It holds while the remainders are representable, which below a global scale of 2**-90 they
+may not be; a tensor that small takes ``div_rn``, and so does the interpreter, whose ``fma`` rounds twice.
+
+Rounding to E2M1 and E4M3 is by adding and subtracting a large power of two; see ``vectorized``. Casts to FP8 would be
+right when compiled and wrong in the interpreter, as those to BF16 are: there that one is spelled out on the bits.
+
+A quotient that underflows to zero is told from one that does not by comparing dividend and divisor, both scaled: it
+decides between code 0 and code 8, and whether a block counts as zero.
 
 Needs Triton, and a CUDA device unless the process runs with ``TRITON_INTERPRET=1``. Imported only when asked for.
 """
@@ -23,6 +33,14 @@ from megaqad.nvfp4.format import BLOCK_SIZE, MIN_GLOBAL_SCALE, NVFP4Tensor, tens
 _TILE = 256  # blocks per program: 32 elements a thread at 4 warps
 _WORDS = BLOCK_SIZE // 2  # words per block
 _MIN_GLOBAL_SCALE = tl.constexpr(MIN_GLOBAL_SCALE)
+_SAFE_GLOBAL_SCALE = tl.constexpr(2.0**-90)
+_EXPONENT = tl.constexpr(0x7F800000)
+_ONE_BITS = tl.constexpr(0x3F800000)
+_MIN_NORMAL_E4M3 = tl.constexpr(2.0**-6)
+_MIN_NORMAL_E4M3_BITS = tl.constexpr(0x3C800000)
+_MIN_E4M3 = tl.constexpr(2.0**-9)
+_UP = tl.constexpr(2.0**120)
+_DOWN = tl.constexpr(2.0**-30)
 _FORMAT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -58,7 +76,7 @@ def dequantize(q: NVFP4Tensor, dtype: torch.dtype) -> Tensor:
         with _on_device_of(out):
             _dequantize_kernel[(triton.cdiv(blocks, _TILE),)](
                 codes, scales.view(torch.uint8), q.global_scale, _as_words(out), blocks,
-                FORMAT=_FORMAT[dtype], TILE=_TILE, WORDS=_WORDS,
+                FORMAT=_FORMAT[dtype], INTERPRETED=_interpreted(), TILE=_TILE, WORDS=_WORDS, enable_fp_fusion=False,
             )  # fmt: skip
     return out
 
@@ -81,15 +99,20 @@ def _launch_quantize(
         # At least one program, which leaves the global scale even when there are no rows.
         _quantize_kernel[(max(1, triton.cdiv(blocks, _TILE)),)](
             _as_words(x), amax, _as_words(x if values is None else values), codes, scales, global_scale, blocks,
-            FORMAT=_FORMAT[x.dtype], WANT_VALUES=want_values, WANT_CODES=want_codes, TILE=_TILE, WORDS=_WORDS,
+            FORMAT=_FORMAT[x.dtype], WANT_VALUES=want_values, WANT_CODES=want_codes, INTERPRETED=_interpreted(),
+            TILE=_TILE, WORDS=_WORDS, enable_fp_fusion=False,
         )  # fmt: skip
     if not want_codes:
         return values, None
     return values, NVFP4Tensor(codes, scales.view(torch.float8_e4m3fn), global_scale)
 
 
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _check_runnable(device: torch.device) -> None:
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type != "cuda" and not _interpreted():
         raise ValueError(
             f"impl='triton' runs on CUDA, not on {device}: use impl='auto', or set TRITON_INTERPRET=1 to debug the kernels"
         )
@@ -119,17 +142,24 @@ def _split_word(word, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def _join_word(even, odd, FORMAT: tl.constexpr):
+def _join_word(even, odd, FORMAT: tl.constexpr, INTERPRETED: tl.constexpr):
     """The word of two float32, each rounded to the format."""
-    if FORMAT == "bf16":
-        return (_bf16_bits(odd) << 16) | _bf16_bits(even)
-    elif FORMAT == "fp16":
-        low = even.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
-        high = odd.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
-        return (high << 16) | (low & 0xFFFF)
-    else:
+    if FORMAT == "fp32":
         low, high = even.to(tl.int32, bitcast=True).to(tl.int64), odd.to(tl.int32, bitcast=True).to(tl.int64)
         return (high << 32) | (low & 0xFFFFFFFF)
+    elif INTERPRETED and FORMAT == "bf16":
+        return (_bf16_bits(odd) << 16) | _bf16_bits(even)
+    elif INTERPRETED:
+        low, high = even.to(tl.float16).to(tl.int16, bitcast=True), odd.to(tl.float16).to(tl.int16, bitcast=True)
+        return (high.to(tl.int32) << 16) | (low.to(tl.int32) & 0xFFFF)
+    elif FORMAT == "bf16":  # one instruction for both, where two casts and a merge take four
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,r,r", [odd, even], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,r,r", [odd, even], dtype=tl.int32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -147,28 +177,27 @@ def _magnitude_bits(v):
 
 
 @triton.jit
-def _e2m1(y):
-    """E2M1 value (zeros positive) and code of a float32, ties to even; see ``vectorized`` for the idea."""
-    a = tl.abs(y)
-    a = tl.where(a < 6.0, a, 6.0)
-    binade = a.to(tl.int32, bitcast=True) >> 23
-    binade = tl.minimum(tl.maximum(binade, 127), 129)  # of 1, 2 or 4: below 1 the step is that of 1
-    rounder = (binade + 22) << 23  # the bits of 2**22 times that, whose last place is worth half of it
-    sum_ = a + rounder.to(tl.float32, bitcast=True)
-    steps = sum_.to(tl.int32, bitcast=True) - rounder
-    magnitude = sum_ - rounder.to(tl.float32, bitcast=True)
-    code = steps + 2 * (binade - 127)
-    negative = y < 0
-    return tl.where(negative, 0.0 - magnitude, magnitude), tl.where(negative, code + 8, code)
+def _divide(a, b, r):
+    """``a / b`` correctly rounded, for ``r`` the correctly rounded ``1 / b``; NaN where it overflows."""
+    faithful = a * r
+    faithful = tl.fma(tl.fma(-b, faithful, a), r, faithful)
+    return tl.fma(tl.fma(-b, faithful, a), r, faithful)
 
 
 @triton.jit
-def _e4m3_byte(s):
-    """E4M3 byte of a float32 between 2**-9 and 448, or NaN; ties to even."""
-    bits = s.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960  # keep 3 mantissa bits; exponent bias 127 to 7
-    subnormal = (s + 16384.0).to(tl.int32, bitcast=True) - 0x46800000  # the last place of 2**14 is worth 2**-9
-    return tl.where(s == s, tl.where(s < 0.015625, subnormal, normal), 0x7F)
+def _round_to_e4m3(s):
+    """Round float32 in 2**-9..448 to the values of E4M3, ties to even; NaN stays NaN."""
+    power = tl.maximum(s.to(tl.int32, bitcast=True) & _EXPONENT, _MIN_NORMAL_E4M3_BITS)
+    rounder = (power + (20 << 23)).to(tl.float32, bitcast=True)
+    return (s + rounder) - rounder
+
+
+@triton.jit
+def _e4m3_byte(v):
+    """The byte, in an int32, of a value of E4M3."""
+    normal = (v.to(tl.int32, bitcast=True) >> 20) - 960  # keep three mantissa bits, move the exponent's bias to 7
+    byte = tl.where(v < _MIN_NORMAL_E4M3, (v * 512).to(tl.int32), normal)
+    return tl.where(v == v, byte, 0x7F)
 
 
 @triton.jit
@@ -176,9 +205,29 @@ def _e4m3_value(byte):
     """float32 of an E4M3 byte held in an int32."""
     magnitude = byte & 0x7F
     normal = ((magnitude + 960) << 20).to(tl.float32, bitcast=True)
-    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
+    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * _MIN_E4M3, normal)
     value = tl.where(magnitude == 0x7F, float("nan"), value)
     return tl.where(byte >= 0x80, -value, value)
+
+
+@triton.jit
+def _round_to_e2m1(y):
+    """Magnitude and code 0..7 of a non-negative float32, ties to even; beyond 6, and for NaN, 6 and 7."""
+    y = tl.where(y < 6.0, y, 6.0)
+    power = tl.maximum(y.to(tl.int32, bitcast=True) & _EXPONENT, _ONE_BITS)  # of 1, 2 or 4
+    rounder = power + (22 << 23)  # 2**22 times that: its last place is worth half of it
+    total = y + rounder.to(tl.float32, bitcast=True)
+    magnitude = total - rounder.to(tl.float32, bitcast=True)
+    code = (total.to(tl.int32, bitcast=True) - rounder) + ((power - _ONE_BITS) >> 22)
+    return magnitude, code
+
+
+@triton.jit
+def _with_sign(magnitude, x, scale):
+    """``magnitude * scale`` with the sign of ``x``, zeros positive: adding +0.0 turns -0.0 into it and no other bit."""
+    sign = x.to(tl.int32, bitcast=True) & -0x80000000
+    signed = (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return tl.fma(signed, tl.broadcast_to(scale, signed.shape), tl.zeros(signed.shape, tl.float32))
 
 
 @triton.jit
@@ -191,9 +240,26 @@ def _e2m1_value(code):
 
 
 @triton.jit
+def _block_scales(top, s2, exact):
+    """E4M3 values of the block scales for block amaxes ``top`` [TILE] under the global scale ``s2`` []."""
+    divisor = tl.full(top.shape, 6.0, tl.float32) * s2
+    if exact:
+        ideal = tl.div_rn(top, divisor)
+    else:
+        reciprocal = tl.div_rn(tl.full(top.shape, 1.0, tl.float32), divisor)
+        ideal = _divide(top, divisor, reciprocal)
+        # The only NaN that was not one before is an overflow.
+        ideal = tl.where((ideal != ideal) & (top == top), 448.0, ideal)
+    ideal = tl.where(ideal < _MIN_E4M3, _MIN_E4M3, ideal)
+    ideal = tl.where(ideal > 448.0, 448.0, ideal)
+    ideal = tl.where(top * _UP <= divisor * _DOWN, 1.0, ideal)  # the quotient is 0
+    return _round_to_e4m3(ideal)
+
+
+@triton.jit
 def _quantize_kernel(
     x_words, amax, value_words, codes, scales, global_scale, blocks,
-    FORMAT: tl.constexpr, WANT_VALUES: tl.constexpr, WANT_CODES: tl.constexpr,
+    FORMAT: tl.constexpr, WANT_VALUES: tl.constexpr, WANT_CODES: tl.constexpr, INTERPRETED: tl.constexpr,
     TILE: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """x_words [blocks, 8], amax [] -> value_words [blocks, 8], codes [blocks, 8], scales [blocks], global_scale []."""
@@ -206,29 +272,42 @@ def _quantize_kernel(
     s2 = tl.where(s2 < _MIN_GLOBAL_SCALE, _MIN_GLOBAL_SCALE, s2)
     if pid == 0:
         tl.store(global_scale, s2)
+    exact = INTERPRETED or s2 < _SAFE_GLOBAL_SCALE
 
     even, odd = _split_word(tl.load(x_words + at, mask=inside[:, None], other=0), FORMAT)
-    top = tl.max(tl.maximum(_magnitude_bits(even), _magnitude_bits(odd)), axis=1)  # [TILE]
-    ideal = tl.div_rn(top.to(tl.float32, bitcast=True), tl.full((TILE,), 6.0, tl.float32) * s2)
-    ideal = tl.where(ideal == 0, 1.0, ideal)
-    ideal = tl.where(ideal < 0.001953125, 0.001953125, ideal)
-    ideal = tl.where(ideal > 448.0, 448.0, ideal)
-    byte = _e4m3_byte(ideal)
-    scale = (_e4m3_value(byte) * s2)[:, None]
+    top = tl.max(tl.maximum(_magnitude_bits(even), _magnitude_bits(odd)), axis=1).to(tl.float32, bitcast=True)
+    block_scale = _block_scales(top, s2, exact)  # [TILE]
+    scale = (block_scale * s2)[:, None]
+    # Under an infinite global scale everything is NaN, also what overflows on the way.
+    scale = tl.where(scale < float("inf"), scale, float("nan"))
 
-    even, even_code = _e2m1(tl.div_rn(even, tl.broadcast_to(scale, even.shape)))
-    odd, odd_code = _e2m1(tl.div_rn(odd, tl.broadcast_to(scale, odd.shape)))
+    if exact:
+        divisor = tl.broadcast_to(scale, even.shape)
+        even_units, odd_units = tl.div_rn(tl.abs(even), divisor), tl.div_rn(tl.abs(odd), divisor)
+    else:
+        reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+        even_units, odd_units = _divide(tl.abs(even), scale, reciprocal), _divide(tl.abs(odd), scale, reciprocal)
+    even_magnitude, even_code = _round_to_e2m1(even_units)
+    odd_magnitude, odd_code = _round_to_e2m1(odd_units)
+
     if WANT_CODES:
-        tl.store(scales + block, byte.to(tl.uint8), mask=inside)
+        underflow = scale * _DOWN
+        even_code = tl.where(-even * _UP > underflow, even_code + 8, even_code)
+        odd_code = tl.where(-odd * _UP > underflow, odd_code + 8, odd_code)
+        tl.store(scales + block, _e4m3_byte(block_scale).to(tl.uint8), mask=inside)
         tl.store(codes + at, (even_code | (odd_code << 4)).to(tl.uint8), mask=inside[:, None])
     if WANT_VALUES:
-        tl.store(value_words + at, _join_word(even * scale, odd * scale, FORMAT), mask=inside[:, None])
+        word = _join_word(
+            _with_sign(even_magnitude, even, scale), _with_sign(odd_magnitude, odd, scale), FORMAT, INTERPRETED
+        )
+        tl.store(value_words + at, word, mask=inside[:, None])
 
 
 @triton.jit
 def _dequantize_kernel(
-    codes, scales, global_scale, value_words, blocks, FORMAT: tl.constexpr, TILE: tl.constexpr, WORDS: tl.constexpr
-):
+    codes, scales, global_scale, value_words, blocks,
+    FORMAT: tl.constexpr, INTERPRETED: tl.constexpr, TILE: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
     """codes [blocks, 8], scales [blocks], global_scale [] -> value_words [blocks, 8]."""
     block = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     at = block[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
@@ -237,4 +316,4 @@ def _dequantize_kernel(
     scale = (_e4m3_value(byte) * tl.load(global_scale))[:, None]
     pair = tl.load(codes + at, mask=inside[:, None], other=0).to(tl.int32)
     even, odd = _e2m1_value(pair & 0xF) * scale, _e2m1_value(pair >> 4) * scale
-    tl.store(value_words + at, _join_word(even, odd, FORMAT), mask=inside[:, None])
+    tl.store(value_words + at, _join_word(even, odd, FORMAT, INTERPRETED), mask=inside[:, None])

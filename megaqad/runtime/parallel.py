@@ -92,16 +92,12 @@ def join_ranks(timeout_minutes: float = 30.0) -> None:
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     alone = "RANK" not in os.environ
-    store = dist.HashStore() if alone else None
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=int(os.environ["RANK"]) if store else -1,
-        world_size=int(os.environ["WORLD_SIZE"]) if store else -1,
+        store=dist.HashStore() if alone else None,
+        rank=0 if alone else int(os.environ["RANK"]),
+        world_size=1 if alone else int(os.environ["WORLD_SIZE"]),
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
 

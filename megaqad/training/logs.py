@@ -90,11 +90,11 @@ class Terminal:
 
     def say(self, message: str) -> None:
         """One line, after the seconds since the command began."""
-        self.console.print(f"[dim]{time.monotonic() - self._started:6.1f}s[/dim]  {message}")
+        self.console.print(f"[dim]{time.monotonic() - self._started:6.1f}s[/dim]  {message}", soft_wrap=True)
 
     @contextmanager
     def progress(self, title: str, total: int, *, done: int = 0) -> Iterator[Progress]:
-        """A progress bar with one task; ``update(0, advance=1, note=...)`` moves it."""
+        """A progress bar with one task, ``task_ids[0]``; where there is no terminal, one line when it is done."""
         columns = (
             TextColumn("        {task.description}"),
             BarColumn(bar_width=28),
@@ -103,6 +103,8 @@ class Terminal:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        with Progress(*columns, console=self.console, transient=not self.console.is_terminal) as progress:
-            progress.add_task(title, total=total, completed=done, note="")
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
+            task = progress.add_task(title, total=total, completed=done, note="")
             yield progress
+        if not self.console.is_terminal:
+            self.say(f"{title}: {total} of {total}  {progress.tasks[task].fields['note']}".rstrip())
