@@ -322,9 +322,7 @@ def _check_values(settings: Settings) -> None:
     if not 0 <= train.min_lr <= train.lr:
         raise UserError(f"train.min_lr={train.min_lr} must lie between 0 and train.lr={train.lr}")
     if not 0 <= train.warmup_steps < train.steps:
-        raise UserError(
-            f"train.warmup_steps={train.warmup_steps} must be at least 0 and below train.steps={train.steps}"
-        )
+        raise UserError(f"train.warmup_steps={train.warmup_steps} must lie between 0 and train.steps={train.steps} - 1")
     if settings.distill.temperature <= 0:
         raise UserError(f"distill.temperature={settings.distill.temperature} must be above 0")
 
@@ -335,8 +333,9 @@ def _check_world(settings: Settings) -> None:
     needed = settings.sizes.model_ranks
     if ranks % needed:
         raise UserError(
-            f"{ranks} ranks were started, but parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} "
-            f"x parallel.context={parallel.context} needs a multiple of {needed}: start that many or change the layout"
+            f"{ranks} ranks were started, but parallel.tensor={parallel.tensor} x parallel.pipeline="
+            f"{parallel.pipeline} x parallel.context={parallel.context} needs a multiple of {needed}: "
+            "start that many or change the layout"
         )
     if parallel.context > 1:
         raise UserError(
@@ -346,9 +345,7 @@ def _check_world(settings: Settings) -> None:
     if parallel.expert > 1:
         raise UserError(f"parallel.expert={parallel.expert} needs a mixture-of-experts model: set parallel.expert=1")
     if parallel.sequence and parallel.tensor == 1:
-        raise UserError(
-            "parallel.sequence=true divides work between tensor-parallel ranks: set parallel.tensor above 1"
-        )
+        raise UserError("parallel.sequence=true divides work among tensor-parallel ranks: set parallel.tensor above 1")
 
 
 def _check_batches(settings: Settings) -> None:
@@ -378,7 +375,7 @@ def _describe_fields(kind: type, prefix: str) -> list[str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(tree, ast.ClassDef)
     meanings = {
-        field_node.target.id: " ".join(text.value.value.split())
+        field_node.target.id: " ".join(str(text.value.value).split())
         for field_node, text in zip(tree.body, tree.body[1:], strict=False)
         if isinstance(field_node, ast.AnnAssign)
         and isinstance(field_node.target, ast.Name)
@@ -392,9 +389,6 @@ def _describe_fields(kind: type, prefix: str) -> list[str]:
             lines += _describe_fields(type(default), f"{prefix}{setting.name}.")
         else:
             shown = "required" if default == MISSING else f"default {default}"
-            text = f"{prefix}{setting.name}  ({shown})"
-            lines += [
-                text,
-                *textwrap.wrap(meanings.get(setting.name, ""), 100, initial_indent="    ", subsequent_indent="    "),
-            ]
+            meaning = textwrap.wrap(meanings[setting.name], 100, initial_indent="    ", subsequent_indent="    ")
+            lines += [f"{prefix}{setting.name}  ({shown})", *meaning]
     return lines

@@ -1,6 +1,6 @@
 """``megaqad recover``: the whole journey in one run, every stage on the same ranks.
 
-    calibrate -> measure the PTQ gap -> [train a QAT student to compare] -> distil -> evaluate -> export -> verify -> report
+    calibrate -> measure the PTQ gap -> [train a QAT student] -> distil -> evaluate -> export -> verify -> report
 
 Started again after an interruption it goes on from the newest checkpoint; what was measured is measured again.
 """

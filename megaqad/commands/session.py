@@ -155,9 +155,7 @@ class Session:
             return newest
         if (settings.run_dir / "ptq" / "state.json").is_file():
             return settings.run_dir / "ptq"
-        raise UserError(
-            f"{settings.run_dir} holds no student: run `megaqad quantize` or `megaqad distill` with this output_dir first"
-        )
+        raise UserError(f"{settings.run_dir} holds no student: run `megaqad quantize` or `megaqad distill` there first")
 
     def evaluator(self, max_tokens: int) -> Evaluator:
         """Against the teacher, on the first ``max_tokens`` held-out tokens."""

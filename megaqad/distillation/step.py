@@ -118,7 +118,7 @@ class DistillationStep:
     def _forward_backward(self, micro_batches: list[MicroBatch]) -> list[dict[str, Tensor]]:
         iterators = [iter(micro_batches) for _ in self.student]
         micro_batch_size, sequence_length = micro_batches[0].tokens.shape
-        return get_forward_backward_func()(  # type: ignore[no-any-return]
+        return get_forward_backward_func()(
             forward_step_func=self._forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.student,
@@ -141,18 +141,16 @@ class DistillationStep:
 
     def _loss(self, hidden: Tensor, model: CausalLM, batch: MicroBatch) -> Tensor:
         """Sum of the token losses. ``hidden``: [s(/tp), b, h] on the last stage."""
-        common = {
-            "token_weights": flatten_tokens(batch.token_weights),
-            "group": self.context.tensor_group,
-            "sequence_parallel": self.context.sizes.sequence,
-        }
+        token_weights = flatten_tokens(batch.token_weights)
         if self.objective is Objective.QAT:
             loss, _ = linear_cross_entropy(
                 hidden.flatten(0, 1),
                 model.head_weight(),
                 flatten_tokens(batch.labels),
+                token_weights=token_weights,
                 vocab_start=model.vocab_start,
-                **common,
+                group=self.context.tensor_group,
+                sequence_parallel=self.context.sizes.sequence,
             )
             return loss
         assert batch.teacher_hidden is not None
@@ -161,8 +159,10 @@ class DistillationStep:
             model.head_weight(),
             batch.teacher_hidden.flatten(0, 1),
             self.teacher[-1].head_weight().detach(),
+            token_weights=token_weights,
             temperature=self.temperature,
-            **common,
+            group=self.context.tensor_group,
+            sequence_parallel=self.context.sizes.sequence,
         )
         return loss
 

@@ -105,7 +105,7 @@ class _QuantizedLinear(torch.nn.Module):
             weight = _StraightThrough.apply(weight, self.quantized_weight)
             if self.quantization.activations == "nvfp4":
                 input = fake_quantize(input, self.input_amax)
-        return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc, no-any-return]
+        return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
 
 
 class NVFP4ColumnParallelLinear(_QuantizedLinear, ColumnParallelLinear):

@@ -49,5 +49,6 @@ class QuantizationSettings:
             )
         if self.calibration_samples < 1 and self.activations != "none":
             raise UserError(
-                f"quantization.calibration_samples={self.calibration_samples} leaves the input scales unset: use 1 or more"
+                f"quantization.calibration_samples={self.calibration_samples} leaves the input scales unset: "
+                "use 1 or more"
             )

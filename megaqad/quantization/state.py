@@ -161,9 +161,8 @@ def quantization_errors(chunks: Sequence[torch.nn.Module], context: ParallelCont
             LayerError(", ".join(layer.site.hf_modules), error, 4.5)
             for layer, error in zip(layers, errors, strict=True)
         ]
-    keyed = [
-        (layer.site.layer, position, error) for position, (layer, error) in enumerate(zip(layers, local, strict=True))
-    ]
-    gathered: list[list[tuple[int, int, LayerError]]] = [[] for _ in range(context.sizes.pipeline)]
+    keyed = [(layer.site.layer, error) for layer, error in zip(layers, local, strict=True)]
+    gathered: list[list[tuple[int, LayerError]]] = [[] for _ in range(context.sizes.pipeline)]
     dist.all_gather_object(gathered, keyed, group=context.pipeline_group)
-    return [error for _, _, error in sorted((row for rows in gathered for row in rows), key=lambda row: row[:2])]
+    by_layer = sorted((row for rows in gathered for row in rows), key=lambda row: row[0])  # stable within a layer
+    return [error for _, error in by_layer]

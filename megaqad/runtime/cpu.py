@@ -101,7 +101,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 def enable_cpu_device() -> None:
-    """Let Megatron-Core run in this process without CUDA. Call before a Megatron model is built; repeated calls are free.
+    """Let Megatron-Core run in this process without CUDA. Call before a model is built; repeated calls are free.
 
     Raises:
         AssertionError: CUDA is available; the real device must be used then.

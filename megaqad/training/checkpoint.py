@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -25,6 +24,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megaqad.errors import UserError
+from megaqad.models.causal_lm import CausalLM
 from megaqad.runtime.parallel import ParallelContext
 
 
@@ -74,7 +74,7 @@ def read_state(directory: Path) -> CheckpointState:
 
 
 def _sharded_state(
-    chunks: Sequence[torch.nn.Module], context: ParallelContext, optimizer: MegatronOptimizer | None, *, loading: bool
+    chunks: Sequence[CausalLM], context: ParallelContext, optimizer: MegatronOptimizer | None, *, loading: bool
 ) -> dict[str, Any]:
     """The sharded tensors of this rank; layers are keyed by their global index, so any layout can read them."""
     metadata = {
@@ -93,7 +93,7 @@ def _sharded_state(
 
 def save_checkpoint(
     directory: Path,
-    chunks: Sequence[torch.nn.Module],
+    chunks: Sequence[CausalLM],
     context: ParallelContext,
     state: CheckpointState,
     optimizer: MegatronOptimizer | None = None,
@@ -128,7 +128,7 @@ def save_checkpoint(
 
 def load_checkpoint(
     directory: Path,
-    chunks: Sequence[torch.nn.Module],
+    chunks: Sequence[CausalLM],
     context: ParallelContext,
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
