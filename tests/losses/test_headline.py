@@ -1,7 +1,7 @@
 """Why the loss takes hidden states: BF16 logits, which every loss that receives logits gets, spoil the KL gradient.
 
-BF16 weights and hidden states, a student close to its teacher; the truth is FP64 from the same BF16 numbers. The same run
-shows `linear_kl` and ModelOpt's `LogitsKLLoss` fed by the BF16 heads, as Megatron-Core's output layer feeds it.
+BF16 weights and hidden states, a student close to its teacher; the truth is FP64 from the same BF16 numbers. The same
+run shows `linear_kl` and ModelOpt's `LogitsKLLoss` fed by the BF16 heads, as Megatron-Core's output layer feeds it.
 """
 
 from types import SimpleNamespace

@@ -138,7 +138,8 @@ def test_equal_logits_have_no_kl_and_no_gradient(impl: str) -> None:
     student, _ = logit_pair(4, 9001, 0.0)
     token_kl, gradient = run(student, student.clone(), torch.ones(4), impl=impl)
     assert token_kl.abs().max() <= 1e-12
-    assert gradient.abs().max() <= 1e-12
+    # exactly 0 from the fast ones: Adam makes a full step of the smallest rounding error
+    assert gradient.abs().max() <= (1e-16 if impl == "reference" else 0.0)
 
 
 @pytest.mark.parametrize("where", ["student", "teacher"])
