@@ -1,0 +1,235 @@
+"""verify passes on what was exported and fails, naming the culprit, on anything else."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megaqad.export.dequantizer import quantize_input, read_weight, round_e2m1
+from megaqad.export.manifest import MANIFEST_FILE, file_digest, tensor_digest
+from megaqad.export.verify import VerificationError, verify
+from megaqad.nvfp4 import fake_quantize, quantize
+from megaqad.runtime.parallel import ParallelSizes
+from tests.export.export_runs import calibrate_and_export
+from tests.models.checkpoints import CASES, make_checkpoint, random_tokens
+from tests.models.megatron_runs import whole_logits
+from tests.ranks import run_ranks
+
+WEIGHTS = "model.safetensors"
+
+
+def exported(case: str, folder: Path, sizes: ParallelSizes, **settings: Any) -> tuple[Path, np.ndarray, np.ndarray]:
+    """(export directory, tokens, the student's logits)."""
+    make_checkpoint(case, folder / "in", dtype=torch.bfloat16)
+    tokens = random_tokens(CASES[case]["vocab_size"], batch=2, length=32)
+    options = {"output_dir": folder / "out", "settings": settings, "dtype": torch.float32, "tokens": tokens}
+    results = run_ranks(sizes.model_ranks, calibrate_and_export, folder / "in", sizes, options)
+    return folder / "out", tokens, whole_logits(results).numpy()
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, np.ndarray]:
+    sizes = ParallelSizes(tensor=2, pipeline=2, sequence=True)
+    return exported("llama", tmp_path_factory.mktemp("llama"), sizes)
+
+
+@pytest.fixture
+def export(original: tuple, tmp_path: Path) -> tuple[Path, np.ndarray, np.ndarray]:
+    folder, tokens, logits = original
+    shutil.copytree(folder, tmp_path / "export")
+    return tmp_path / "export", tokens, logits
+
+
+def check(export: tuple[Path, np.ndarray, np.ndarray]) -> Any:
+    folder, tokens, logits = export
+    return verify(folder, tokens=tokens, reference_logits=logits)
+
+
+def refused(export: tuple[Path, np.ndarray, np.ndarray], *words: str) -> None:
+    with pytest.raises(VerificationError) as caught:
+        check(export)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_a_good_export_passes(export: tuple, tmp_path: Path) -> None:
+    folder, tokens, logits = export
+    np.save(tmp_path / "logits.npy", logits)
+    result = verify(folder, tokens=tokens, reference_logits=tmp_path / "logits.npy", report=tmp_path / "verify.json")
+    assert result.relative_error < 1e-4
+    assert result.kl_to_student < 1e-8
+    assert result.top1_agreement == 1.0
+    assert result.quantized_modules == 4 * 7
+    assert result.tensors == 3 + 4 * (2 + 7 * 4)
+    written = json.loads((tmp_path / "verify.json").read_text())
+    assert written["passed"] is True
+    assert written["relative_error"] == result.relative_error
+
+
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    [
+        ("qwen2", {"activations": "none"}),
+        ("qwen3", {"exclude": ["lm_head", "*self_attn*"]}),
+        ("llama_tied_scaled", {}),
+        ("mistral", {"weights": "none", "activations": "none"}),
+    ],
+    ids=str,
+)
+def test_other_recipes_and_families_pass(case: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    export = exported(case, tmp_path, ParallelSizes(tensor=2), **settings)
+    result = check(export)
+    assert result.relative_error < 1e-4
+    assert result.weight_only == (settings == {"activations": "none"})
+
+
+def tensor_span(folder: Path, name: str) -> tuple[int, int]:
+    """First and one-past-last byte of a tensor in the file."""
+    data = (folder / WEIGHTS).read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    begin, end = json.loads(data[8 : 8 + header])[name]["data_offsets"]
+    return 8 + header + begin, 8 + header + end
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.2.self_attn.v_proj.weight",
+        "model.layers.0.mlp.gate_proj.weight_scale",
+        "model.layers.3.mlp.down_proj.weight_scale_2",
+        "model.layers.1.self_attn.o_proj.input_scale",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
+)
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_one_changed_byte_is_named(export: tuple, name: str, where: str) -> None:
+    folder = export[0]
+    begin, end = tensor_span(folder, name)
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[begin if where == "first" else end - 1] ^= 0x01
+    (folder / WEIGHTS).write_bytes(data)
+    refused(export, f"tensor {name} changed")
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Change tensors and make the manifest agree: what an exporter with a defect would leave behind."""
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    manifest["tensors"] = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+
+
+Q = "model.layers.1.self_attn.q_proj"
+
+
+def swap_nibbles(tensors: dict[str, torch.Tensor]) -> None:
+    codes = tensors[f"{Q}.weight"]
+    tensors[f"{Q}.weight"] = (codes << 4) | (codes >> 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(f"{Q}.input_scale"), [f"{Q}.input_scale is missing"]),
+        (lambda t: t.pop("model.norm.weight"), ["model.norm.weight is missing"]),
+        (lambda t: t.update(extra=torch.ones(1)), ["extra is not part of this model"]),
+        (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:-1].clone()}), [f"{Q}.weight is", "[95, 32]"]),
+        (
+            lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}),
+            ["model.norm.weight is torch.float32"],
+        ),
+        (lambda t: t[f"{Q}.weight_scale"].view(torch.uint8)[3, 1].fill_(0x7F), [f"{Q}.weight_scale holds NaN"]),
+        (lambda t: t[f"{Q}.weight_scale"].view(torch.uint8)[3, 1].fill_(0), [f"{Q}.weight_scale", "not positive"]),
+        (lambda t: t[f"{Q}.input_scale"].zero_(), [f"{Q}.input_scale", "not positive"]),
+        (lambda t: t[f"{Q}.weight_scale_2"].mul_(1.0000002), ["weight_scale_2 differs among fused", "k_proj"]),
+        (lambda t: t[f"{Q}.input_scale"].mul_(2), ["input_scale differs among fused modules"]),
+        (lambda t: t["lm_head.weight"][7].fill_(float("inf")), ["lm_head.weight holds NaN or Inf"]),
+        (swap_nibbles, ["does not compute the student's logits"]),
+        (lambda t: t["model.layers.3.mlp.down_proj.input_scale"].mul_(1.3), ["does not compute the student's logits"]),
+        (lambda t: t["model.layers.0.mlp.down_proj.weight_scale_2"].mul_(1.1), ["does not compute the student's"]),
+    ],
+)
+def test_defects_of_an_exporter_are_found(export: tuple, change: Callable[[dict], Any], words: list[str]) -> None:
+    rewrite(export[0], change)
+    refused(export, *words)
+
+
+def rewrite_json(folder: Path, name: str, change: Callable[[dict], Any]) -> None:
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    manifest["files"][name] = file_digest(folder / name)
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        (
+            "config.json",
+            lambda c: c["quantization_config"]["ignore"].append(Q),
+            ["config.json says"],
+        ),
+        ("hf_quant_config.json", lambda c: c["quantization"].update(group_size=32), ["config.json says"]),
+        ("hf_quant_config.json", lambda c: c["quantization"].pop("kv_cache_quant_algo"), ["kv_cache_quant_algo"]),
+        ("config.json", lambda c: c["quantization_config"].pop("config_groups"), ["lack 'config_groups'"]),
+        ("config.json", lambda c: c.pop("quantization_config"), ["input_scale is not part of this model"]),
+    ],
+)
+def test_contradicting_settings_are_found(export: tuple, name: str, change: Callable, words: list[str]) -> None:
+    rewrite_json(export[0], name, change)
+    refused(export, *words)
+
+
+def test_a_changed_config_is_found(export: tuple) -> None:
+    path = export[0] / "config.json"
+    path.write_text(path.read_text().replace("1e-06", "1e-05"))
+    refused(export, f"{path} is missing or changed")
+
+
+@pytest.mark.parametrize("name", ["config.json", "hf_quant_config.json", MANIFEST_FILE, WEIGHTS])
+def test_a_missing_file_is_found(export: tuple, name: str) -> None:
+    (export[0] / name).unlink()
+    refused(export, name)
+
+
+def test_logits_of_another_run_are_refused(export: tuple, tmp_path: Path) -> None:
+    folder, tokens, logits = export
+    refused((folder, tokens, logits[:, :, :-1]), "[2, 32, 514]", "[2, 32, 515]")
+    refused((folder, tokens, np.full_like(logits, np.nan)), "relative error nan")
+    other = random_tokens(515, batch=2, length=32, seed=9)
+    with pytest.raises(VerificationError, match="does not compute"):
+        verify(folder, tokens=other, reference_logits=logits, report=tmp_path / "verify.json")
+    assert json.loads((tmp_path / "verify.json").read_text())["passed"] is False
+
+
+def test_the_two_implementations_of_the_format_agree() -> None:
+    """The verifier's reading and rounding against megaqad.nvfp4, on ties, tiny blocks and saturation too."""
+    torch.manual_seed(0)
+    grid = torch.arange(-28, 29) / 4.0
+    assert torch.equal(
+        round_e2m1(torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 7.0])),
+        torch.tensor([0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0]),
+    )
+    x = torch.randn(64, 64) * torch.logspace(-6, 1, 64)[:, None]
+    x[0, : len(grid)] = grid
+    x[1] = 0
+    packed = quantize(x)
+    ours = read_weight(packed.codes, packed.block_scales, packed.global_scale)
+    amax = torch.tensor(3.0)  # smaller than the data: blocks saturate
+    for dtype in (torch.float32, torch.bfloat16):
+        values = x.to(dtype)
+        assert torch.equal(quantize_input(values, amax / 2688), fake_quantize(values, amax))
+    assert torch.equal(ours, fake_quantize(x))
