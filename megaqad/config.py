@@ -32,6 +32,7 @@ OBJECTIVES = ("qad", "qat")
 DTYPES = ("bfloat16", "float32")
 EXPORT_FORMATS = ("modelopt",)
 COMMANDS_WITH_DATA = ("demo", "recover", "quantize", "distill", "evaluate", "pretrain")
+PATH_SETTINGS = ("model", "output_dir", "tokens", "student")
 WANDB_MODES = ("offline", "online", "disabled")
 
 
@@ -220,7 +221,7 @@ def load_settings(overrides: Sequence[str]) -> Settings:
         UserError: an unknown key or group, a value of the wrong type, a required setting missing.
     """
     ConfigStore.instance().store(name="settings", node=_schema())
-    expanded = [part for override in overrides for part in _expand_data(override)]
+    expanded = [part for override in overrides for part in _plain_paths(override)]
     try:
         with initialize_config_dir(config_dir=str(conf_dir().resolve()), version_base="1.3"):
             settings = OmegaConf.to_object(compose(config_name="config", overrides=expanded))
@@ -243,16 +244,20 @@ def _schema() -> DictConfig:
     return schema
 
 
-def _expand_data(override: str) -> list[str]:
-    """Turn ``data=<path>`` into the text group with that path; leave the names of data groups alone."""
+def _plain_paths(override: str) -> list[str]:
+    """Quote paths for Hydra's grammar, and turn ``data=<path>`` into the text group with that path."""
     key, separator, value = override.partition("=")
+    if not separator or value.startswith(("'", '"')):
+        return [override]
+    quoted = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    if key in PATH_SETTINGS and value not in ("", "null"):
+        return [f"{key}={quoted}"]
     groups = {path.stem for path in (conf_dir() / "data").glob("*.yaml")}
-    if key != "data" or not separator or value in groups:
+    if key != "data" or value in groups:
         return [override]
     if not value.strip():
         raise UserError(f"data= is empty: give a file, a directory, a glob, or one of {', '.join(sorted(groups))}")
-    quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-    return ["data=text", f"data.files=['{quoted}']"]
+    return ["data=text", f"data.files=[{quoted}]"]
 
 
 def _one_line(error: Exception) -> str:

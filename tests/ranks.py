@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -20,13 +21,15 @@ LONGEST_CALL_SECONDS = 300
 
 def _worker(rank: int, connection: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    warnings.filterwarnings("ignore")
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     while True:
-        job = connection.recv()
-        if job is None:
+        try:
+            job = connection.recv()
+        except EOFError:  # the session is gone
             return
         function, args, world_size, store = job
         try:
@@ -51,7 +54,7 @@ class RankPool:
     def _grow_to(self, size: int) -> None:
         while len(self._workers) < size:
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_worker, args=(len(self._workers), theirs), daemon=True)
+            process = self._context.Process(target=_worker, args=(len(self._workers), theirs))
             process.start()
             theirs.close()
             self._workers.append((process, ours))

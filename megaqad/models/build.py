@@ -9,7 +9,11 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -27,6 +31,7 @@ from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import ModelDescription
 from megaqad.models.families import LinearSite, linear_sites
 from megaqad.models.modules import CausalAttention, RMSNorm
+from megaqad.models.sharding import local_parameters
 from megaqad.runtime.parallel import ParallelContext, ParallelSizes
 
 LinearChoice = Callable[[LinearSite], type | ModuleSpec]
@@ -168,5 +173,17 @@ def build_model(
             post_process=context.is_last_stage and stage == virtual - 1,
             vp_stage=vp_stage,
         )
+        _mark_shards(chunk, description)
         chunks.append(chunk)
     return chunks
+
+
+def _mark_shards(chunk: CausalLM, description: ModelDescription) -> None:
+    """Tell Megatron which parameters are shards, not copies.
+
+    Its gradient norm counts a copy on the first tensor-parallel rank only. Megatron marks weights while it initialises
+    them; without initialisation the shards of the other ranks would be missing from the norm, and clipping off.
+    """
+    for placed, parameter in local_parameters(chunk, description):
+        if placed.row.shard.dim is not None and "tensor_model_parallel" not in vars(parameter):
+            set_tensor_model_parallel_attributes(parameter, True, placed.row.shard.dim, 1)

@@ -1,0 +1,53 @@
+"""Whole training runs inside the test ranks, by the same classes that the commands use."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from megaqad.commands.export import write_export
+from megaqad.commands.session import Session
+from megaqad.commands.students import ready_to_ship, train_student
+from megaqad.config import check_settings, load_settings
+from megaqad.distillation.step import Objective
+from megaqad.runtime.parallel import shutdown_parallel
+from megaqad.training.logs import read_metrics
+
+SMALL_RUN = [
+    "data=random",
+    "data.max_train_tokens=20000",
+    "data.max_validation_tokens=2000",
+    "runtime.dtype=float32",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=2",
+    "train.sequence_length=32",
+    "train.lr=1e-3",
+    "quantization.calibration_samples=8",
+    "evaluation.max_tokens=1024",
+    "evaluation.training_tokens=256",
+    "logging.wandb.mode=disabled",
+]
+
+
+def train_curve(rank: int, world_size: int, overrides: list[str]) -> list[dict[str, Any]]:
+    """Train as ``megaqad distill`` does; the rows of metrics.jsonl."""
+    settings = load_settings([*SMALL_RUN, "checkpoint.every=1000", *overrides])
+    settings_checked = check_settings("distill", settings)
+    assert settings_checked.num_layers
+    session = Session.start(settings, command="distill")
+    try:
+        train_student(session, settings.run_dir, Objective(settings.distill.objective))
+        return read_metrics(settings.run_dir / "metrics.jsonl")
+    finally:
+        shutdown_parallel()
+
+
+def export_digests(rank: int, world_size: int, overrides: list[str]) -> dict[str, str]:
+    """Calibrate and export without training; sha256 of every exported file."""
+    settings = load_settings([*SMALL_RUN, *overrides])
+    session = Session.start(settings, command="quantize")
+    try:
+        write_export(session, ready_to_ship(session, session.calibrated_student()))
+        files = sorted(Path(settings.run_dir / "export").iterdir())
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    finally:
+        shutdown_parallel()

@@ -1,0 +1,68 @@
+"""However a run is divided among ranks, it trains the same student and exports the same bytes."""
+
+import pytest
+
+from tests.distillation.runs import export_digests, train_curve
+from tests.models.checkpoints import make_checkpoint
+
+STEPS = 20
+LAYOUTS = {
+    "tensor 2": (2, ["parallel.tensor=2"]),
+    "tensor 2, sequence": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "pipeline 2": (2, ["parallel.pipeline=2"]),
+    "pipeline 2, interleaved": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "data 2": (2, []),
+    "tensor 2 x pipeline 2, interleaved": (
+        4,
+        ["parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+    ),
+}
+QAT_WITHOUT_QUANTIZATION = ["quantization=none", "distill.objective=qat"]
+QAD_IN_NVFP4 = ["quantization=nvfp4", "distill.objective=qad"]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def model(request, tmp_path_factory):
+    return make_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def one_rank_curves(model, tmp_path_factory):
+    """Loss curves on one rank, made on first use."""
+    from tests.ranks import run_ranks
+
+    curves: dict[str, list[dict]] = {}
+
+    def curve(name, overrides):
+        if name not in curves:
+            output = tmp_path_factory.mktemp("one") / name
+            arguments = [f"model={model}", f"output_dir={output}", f"train.steps={STEPS}", *overrides]
+            curves[name] = run_ranks(1, train_curve, arguments)[0]
+        return curves[name]
+
+    return curve
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("objective", "tolerance"), [(QAT_WITHOUT_QUANTIZATION, 1e-4), (QAD_IN_NVFP4, 2e-2)], ids=["qat-fp32", "qad-nvfp4"]
+)
+def test_same_curve_in_every_layout(model, one_rank_curves, run_ranks, tmp_path, layout, objective, tolerance):
+    expected = one_rank_curves(objective[0], objective)
+    ranks, sizes = LAYOUTS[layout]
+    arguments = [f"model={model}", f"output_dir={tmp_path / 'run'}", f"train.steps={STEPS}", *objective, *sizes]
+    found = run_ranks(ranks, train_curve, arguments)[0]
+    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    assert expected[-1]["loss"] < expected[0]["loss"], "nothing was learned: the comparison would prove little"
+    for ours, reference in zip(found, expected, strict=True):
+        assert ours["tokens"] == reference["tokens"]
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=tolerance)
+        assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=5 * tolerance)
+
+
+def test_same_bytes_at_step_zero(model, run_ranks, tmp_path):
+    expected = run_ranks(1, export_digests, [f"model={model}", f"output_dir={tmp_path / 'one'}"])[0]
+    assert "model.safetensors" in expected
+    for name, (ranks, sizes) in LAYOUTS.items():
+        found = run_ranks(ranks, export_digests, [f"model={model}", f"output_dir={tmp_path / name}", *sizes])[0]
+        assert found == expected, name
