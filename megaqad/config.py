@@ -17,13 +17,14 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megaqad.data.settings import DataSettings
 from megaqad.errors import UserError
 from megaqad.models.checks import check_checkpoint, check_layout, check_sequence_length
 from megaqad.models.description import ModelDescription, describe_model
+from megaqad.quantization.recipe import recipe_for
 from megaqad.quantization.settings import QuantizationSettings
 from megaqad.runtime.sizes import ParallelSizes
 
@@ -164,9 +165,9 @@ class ReportSettings:
 class Settings:
     """All settings of a command."""
 
-    model: str = MISSING
-    """Directory of the BF16 Hugging Face checkpoint: the teacher, and the student's start. ``bundled`` is the demo's."""
-    output_dir: str = MISSING
+    model: str = ""
+    """Directory of the BF16 Hugging Face checkpoint: the teacher, and the student's start. ``bundled``: the demo's."""
+    output_dir: str = ""
     """Where the run writes everything."""
     tokens: str | None = None
     """``logits`` only: a .npy file of int64 token ids [b, s]."""
@@ -260,11 +261,17 @@ def _plain_paths(override: str) -> list[str]:
     return ["data=text", f"data.files=[{quoted}]"]
 
 
-def _one_line(error: Exception) -> str:
-    """The sentence of a Hydra error, without its context lines."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    kept = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
-    return " ".join(kept) + " (settings: see the README or megaqad --help)"
+def _one_line(error: BaseException) -> str:
+    """What a Hydra error and its cause say, without the context lines."""
+    said: list[str] = []
+    while error is not None and len(said) < 2:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        kept = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type=", "See "))]
+        said.append(" ".join(kept))
+        if error.__cause__ is None:
+            break
+        error = error.__cause__
+    return ": ".join(dict.fromkeys(said)) + " (megaqad <command> --help lists the settings)"
 
 
 def world_size(settings: Settings) -> int:
@@ -284,7 +291,7 @@ def check_settings(command: str, settings: Settings) -> ModelDescription:
         UserError: the first mistake, in one line that names the value, the limit and the way out.
     """
     for name, value in (("model", settings.model), ("output_dir", settings.output_dir)):
-        if value == MISSING or not value:
+        if not value:
             raise UserError(f"{name} is not set: give {name}=<directory>")
     reads_data = command in COMMANDS_WITH_DATA
     if reads_data and settings.data.source == "text" and not settings.data.files:
@@ -295,6 +302,7 @@ def check_settings(command: str, settings: Settings) -> ModelDescription:
     check_layout(description, settings.sizes)
     if command != "pretrain":
         check_checkpoint(description, settings.model_dir)
+    recipe_for(settings.quantization, description)
     if reads_data:
         check_sequence_length(description, settings.train.sequence_length, settings.sizes)
         _check_batches(settings)
@@ -393,7 +401,7 @@ def _describe_fields(kind: type, prefix: str) -> list[str]:
         if is_dataclass(default):
             lines += _describe_fields(type(default), f"{prefix}{setting.name}.")
         else:
-            shown = "required" if default == MISSING else f"default {default}"
+            shown = "required" if default == "" else f"default {default}"
             meaning = textwrap.wrap(meanings[setting.name], 100, initial_indent="    ", subsequent_indent="    ")
             lines += [f"{prefix}{setting.name}  ({shown})", *meaning]
     return lines

@@ -17,22 +17,15 @@ from megaqad.identity import claim_output_dir
 from megaqad.models.build import build_model, transformer_config
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import ModelDescription, describe_model
-from megaqad.models.families import linear_sites
 from megaqad.models.hf_reader import load_weights
 from megaqad.quantization.layers import QuantizerMode
-from megaqad.quantization.recipe import Recipe
+from megaqad.quantization.recipe import Recipe, recipe_for
 from megaqad.quantization.state import calibrate, linear_for, refresh_weights, set_mode
 from megaqad.runtime.parallel import ParallelContext, initialize_parallel, join_ranks
 from megaqad.training.checkpoint import latest_checkpoint, load_checkpoint
 from megaqad.training.logs import Terminal
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-def hf_linear_modules(description: ModelDescription) -> list[str]:
-    """Hugging Face names of every linear module a recipe can speak of, in model order."""
-    sites = [site for layer in range(description.num_layers) for site in linear_sites(description, layer).values()]
-    return [name for site in sites for name in site.hf_modules] + ["lm_head"]
 
 
 @dataclass
@@ -49,15 +42,18 @@ class Session:
         """Join the ranks and lay them out; the settings are checked already.
 
         Args:
-            command: claims ``output_dir`` for this run; None only reads it.
+            command: what writes a run: its data are read first, then ``output_dir`` is claimed. None only reads a run.
         """
         join_ranks()
         context = initialize_parallel(settings.sizes, seed=settings.seed)
         description = describe_model(settings.model_dir)
-        if command is not None and context.is_main:
-            claim_output_dir(command, settings)
-        dist.barrier()
-        return cls(settings, description, context, Terminal(is_main=context.is_main))
+        session = cls(settings, description, context, Terminal(is_main=context.is_main))
+        if command is not None:
+            session.terminal.say(f"data: {session.data_facts}")
+            if context.is_main:
+                claim_output_dir(command, settings)
+            dist.barrier()
+        return session
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,7 +61,7 @@ class Session:
 
     @cached_property
     def recipe(self) -> Recipe:
-        return Recipe(self.settings.quantization, hf_linear_modules(self.description))
+        return recipe_for(self.settings.quantization, self.description)
 
     @cached_property
     def data(self) -> Datasets:
@@ -79,6 +75,16 @@ class Session:
             model_dir=settings.model_dir,
             sequence_length=settings.train.sequence_length,
             seed=settings.seed,
+        )
+
+    @property
+    def data_facts(self) -> str:
+        """One line on the data, for the terminal and the report."""
+        facts = self.data.facts
+        files = f" of {facts.train_files} files" if facts.train_files else ""
+        return (
+            f"{self.settings.data.source}, {facts.train_tokens:,} training tokens{files}, "
+            f"{facts.validation_tokens:,} held out"
         )
 
     def _build(self, recipe: Recipe | None, *, initialize: bool = False) -> list[CausalLM]:

@@ -26,7 +26,7 @@ from megaqad.errors import UserError
 from megaqad.export.manifest import MANIFEST_FILE, Manifest
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import ModelDescription
-from megaqad.models.families import HfTensor, PlacedRow, linear_sites
+from megaqad.models.families import HfTensor, PlacedRow, linear_modules
 from megaqad.models.hf_files import MAX_FILE_BYTES, HfFiles
 from megaqad.models.hf_writer import Piece, stream_pieces, written_rows
 from megaqad.models.sharding import local_parameters, take_parts
@@ -124,7 +124,7 @@ def export_modelopt(
             ``output_dir``; the same on every rank.
     """
     chosen = frozenset(modules)
-    unknown = chosen - set(_linear_modules(description))
+    unknown = chosen - set(linear_modules(description))
     assert not unknown, f"not linear modules of this model: {sorted(unknown)}"
     conversion = NVFP4Conversion(description, context, chosen, input_amax)
     _refuse_unfit(chunks, conversion)
@@ -140,16 +140,6 @@ def export_modelopt(
         if context.is_main:
             small = [path for path in sorted(folder.iterdir()) if path.suffix != ".safetensors"]
             files.write_json(folder, MANIFEST_FILE, manifest.content(small))
-
-
-def _linear_modules(description: ModelDescription) -> list[str]:
-    """Every linear module of the layers, in model order."""
-    return [
-        name
-        for layer in range(description.num_layers)
-        for site in linear_sites(description, layer).values()
-        for name in site.hf_modules
-    ]
 
 
 @torch.no_grad()
@@ -193,7 +183,7 @@ def config_files(
     config.pop("torch_dtype", None)
     if not modules:
         return {"config.json": config}
-    excluded = [name for name in _linear_modules(description) if name not in modules]
+    excluded = [name for name in linear_modules(description) if name not in modules]
     excluded += ["lm_head", "model.embed_tokens"]
     algorithm = "W4A16_NVFP4" if weight_only else "NVFP4"
     number = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK_SIZE}

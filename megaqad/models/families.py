@@ -292,6 +292,16 @@ def hf_tensors(description: "ModelDescription") -> dict[str, tuple[int, ...]]:
     }
 
 
+def linear_modules(description: "ModelDescription") -> list[str]:
+    """Hugging Face names of the layers' linear modules, in model order; the head is not among them."""
+    return [
+        name
+        for layer in range(description.num_layers)
+        for site in linear_sites(description, layer).values()
+        for name in site.hf_modules
+    ]
+
+
 def linear_sites(description: "ModelDescription", layer: int) -> dict[str, LinearSite]:
     """The linear layers of one (global) layer, by role."""
     return {

@@ -9,6 +9,9 @@ Every implementation gives the same bits; they differ in speed and in where they
 ``impl="auto"`` picks by the tensor's device. Nothing here waits for a device.
 """
 
+import functools
+import importlib
+import importlib.util
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -17,7 +20,7 @@ from torch import Tensor
 from megaqad.nvfp4 import reference, vectorized
 from megaqad.nvfp4.format import NVFP4Tensor, check_quantizable
 
-Impl = Literal["auto", "reference", "torch"]
+Impl = Literal["auto", "reference", "torch", "triton"]
 
 
 class Implementation(Protocol):
@@ -29,18 +32,33 @@ class Implementation(Protocol):
     def fake_quantize_packed(self, x: Tensor, amax: Tensor | None) -> tuple[Tensor, NVFP4Tensor]: ...
 
 
-_IMPLEMENTATIONS: dict[str, Implementation] = {"reference": reference, "torch": vectorized, "auto": vectorized}
-
-
-def implementation(impl: Impl) -> Implementation:
-    """The module that ``impl`` names.
+def implementation(impl: Impl, device: torch.device) -> Implementation:
+    """The module that ``impl`` names, for a tensor on ``device``.
 
     Raises:
-        ValueError: there is no such implementation.
+        ValueError: there is no such implementation, or it is Triton's and Triton is not installed.
     """
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(sorted(_IMPLEMENTATIONS))}, not {impl!r}")
-    return _IMPLEMENTATIONS[impl]
+    if impl == "reference":
+        return reference
+    if impl == "torch":
+        return vectorized
+    if impl == "auto":
+        return _triton_kernels() if device.type == "cuda" and _triton_is_installed() else vectorized
+    if impl != "triton":
+        raise ValueError(f"impl must be one of auto, reference, torch, triton, not {impl!r}")
+    if not _triton_is_installed():
+        raise ValueError("impl='triton' needs Triton: pip install triton, or use impl='auto'")
+    return _triton_kernels()
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _triton_kernels() -> Implementation:
+    return cast(Implementation, importlib.import_module("megaqad.nvfp4.triton_kernels"))
 
 
 @torch.no_grad()
@@ -62,13 +80,13 @@ def quantize(x: Tensor, amax: Tensor | None = None, *, impl: Impl = "auto") -> N
             looked for here, since that would wait for the device: see ``check_finite``.
     """
     check_quantizable(x, amax)
-    return implementation(impl).quantize(x, amax)
+    return implementation(impl, x.device).quantize(x, amax)
 
 
 @torch.no_grad()
 def dequantize(q: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16, *, impl: Impl = "auto") -> Tensor:
     """The values of ``q``, ``dtype`` [..., K]: ``e2m1 * (block_scale * global_scale)`` in float32, rounded once."""
-    return implementation(impl).dequantize(q, dtype)
+    return implementation(impl, q.codes.device).dequantize(q, dtype)
 
 
 def fake_quantize(x: Tensor, amax: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
@@ -78,8 +96,8 @@ def fake_quantize(x: Tensor, amax: Tensor | None = None, *, impl: Impl = "auto")
     """
     check_quantizable(x, amax)
     if torch.is_grad_enabled() and x.requires_grad:
-        return cast(Tensor, _FakeQuantize.apply(x, amax, implementation(impl)))
-    return implementation(impl).fake_quantize(x, amax)
+        return cast(Tensor, _FakeQuantize.apply(x, amax, implementation(impl, x.device)))
+    return implementation(impl, x.device).fake_quantize(x, amax)
 
 
 @torch.no_grad()
@@ -90,7 +108,7 @@ def fake_quantize_packed(x: Tensor, amax: Tensor | None = None, *, impl: Impl = 
     4.5 bits per element instead of 16. No gradient flows through it.
     """
     check_quantizable(x, amax)
-    return implementation(impl).fake_quantize_packed(x, amax)
+    return implementation(impl, x.device).fake_quantize_packed(x, amax)
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -30,6 +30,8 @@ from torch import Tensor
 
 from megaqad.nvfp4.format import BLOCK_SIZE, MIN_GLOBAL_SCALE, NVFP4Tensor, tensor_amax
 
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read when the kernels are made, as Triton does
+
 _TILE = 256  # blocks per program: 32 elements a thread at 4 warps
 _WORDS = BLOCK_SIZE // 2  # words per block
 _MIN_GLOBAL_SCALE = tl.constexpr(MIN_GLOBAL_SCALE)
@@ -76,7 +78,7 @@ def dequantize(q: NVFP4Tensor, dtype: torch.dtype) -> Tensor:
         with _on_device_of(out):
             _dequantize_kernel[(triton.cdiv(blocks, _TILE),)](
                 codes, scales.view(torch.uint8), q.global_scale, _as_words(out), blocks,
-                FORMAT=_FORMAT[dtype], INTERPRETED=_interpreted(), TILE=_TILE, WORDS=_WORDS, enable_fp_fusion=False,
+                FORMAT=_FORMAT[dtype], INTERPRETED=_INTERPRETED, TILE=_TILE, WORDS=_WORDS, enable_fp_fusion=False,
             )  # fmt: skip
     return out
 
@@ -99,7 +101,7 @@ def _launch_quantize(
         # At least one program, which leaves the global scale even when there are no rows.
         _quantize_kernel[(max(1, triton.cdiv(blocks, _TILE)),)](
             _as_words(x), amax, _as_words(x if values is None else values), codes, scales, global_scale, blocks,
-            FORMAT=_FORMAT[x.dtype], WANT_VALUES=want_values, WANT_CODES=want_codes, INTERPRETED=_interpreted(),
+            FORMAT=_FORMAT[x.dtype], WANT_VALUES=want_values, WANT_CODES=want_codes, INTERPRETED=_INTERPRETED,
             TILE=_TILE, WORDS=_WORDS, enable_fp_fusion=False,
         )  # fmt: skip
     if not want_codes:
@@ -107,12 +109,8 @@ def _launch_quantize(
     return values, NVFP4Tensor(codes, scales.view(torch.float8_e4m3fn), global_scale)
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _check_runnable(device: torch.device) -> None:
-    if device.type != "cuda" and not _interpreted():
+    if device.type != "cuda" and not _INTERPRETED:
         raise ValueError(
             f"impl='triton' runs on CUDA, not on {device}: use impl='auto', or set TRITON_INTERPRET=1 to debug the kernels"
         )

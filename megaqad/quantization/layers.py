@@ -25,11 +25,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor
 
 from megaqad.models.families import LinearSite
-from megaqad.nvfp4 import BLOCK_SIZE, fake_quantize, tensor_amax
-from megaqad.quantization import recipe
+from megaqad.nvfp4 import fake_quantize, tensor_amax
 from megaqad.quantization.recipe import LinearFormat
 
-assert recipe.BLOCK_SIZE == BLOCK_SIZE
 EXPORT_DTYPE = torch.bfloat16
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from megaqad.errors import UserError
+from megaqad.models.description import ModelDescription
+from megaqad.models.families import linear_modules, linear_sites
 from megaqad.quantization.settings import QuantizationSettings
-
-BLOCK_SIZE = 16  # nvfp4.BLOCK_SIZE, repeated to stay free of torch; layers.py asserts that they agree
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,16 @@ class Recipe:
         return [name for name in self.modules if not self.selects(name)]
 
 
-def check_contraction(name: str, size: int, tensor_parallel: int) -> None:
-    """Refuse a contraction size whose blocks of 16 would straddle tensor-parallel ranks.
-
-    Args:
-        name: Hugging Face module name, for the message.
-        size: contraction (input) size of the whole layer.
-        tensor_parallel: ranks that divide that dim; 1 for a column-parallel layer.
+def recipe_for(settings: QuantizationSettings, description: ModelDescription) -> Recipe:
+    """The recipe resolved against one model, every layer of it checked.
 
     Raises:
-        UserError: ``size / tensor_parallel`` is not a multiple of 16.
+        UserError: a pattern that matches nothing, a choice that splits what engines fuse, or nothing left to quantize.
     """
-    if size % (BLOCK_SIZE * tensor_parallel):
-        raise UserError(
-            f"{name} has input size {size}, which does not divide into blocks of {BLOCK_SIZE} on {tensor_parallel} "
-            "tensor-parallel ranks: lower parallel.tensor or add the module to quantization.exclude"
-        )
+    recipe = Recipe(settings, [*linear_modules(description), "lm_head"])
+    for layer in range(description.num_layers):
+        for site in linear_sites(description, layer).values():
+            recipe.format_of(site.hf_modules)
+    if recipe.enabled and not recipe.quantized_modules():
+        raise UserError("the recipe quantizes no module: widen quantization.include, or say quantization=none")
+    return recipe

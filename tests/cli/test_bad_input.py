@@ -1,0 +1,151 @@
+"""What a user can get wrong: one line that names the value and the way out, exit code 2, nothing written."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megaqad.cli import main
+from tests.models.checkpoints import make_checkpoint
+
+TRAIN = ["data=random", "train.global_batch_size=4", "train.sequence_length=32"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_checkpoint("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def changed(model, tmp_path):
+    """A copy of the model with another config.json."""
+
+    def copy(**settings):
+        folder = shutil.copytree(model, tmp_path / "changed")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | settings))
+        return folder
+
+    return copy
+
+
+def refusal(capsys, arguments):
+    """Run the command here; the single line it refuses with."""
+    code = main([str(argument) for argument in arguments])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 2, lines
+    assert len(lines) == 1
+    assert lines[0].startswith("megaqad: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["parallel.tensor=3"], ["parallel.tensor=3", "num_key_value_heads=2", "choose one of 1, 2"]),
+        (["parallel.pipeline=3"], ["parallel.pipeline=3", "4 layers", "choose one of 1, 2, 4"]),
+        (["parallel.pipeline=2", "parallel.virtual_pipeline=3"], ["virtual_pipeline=3", "choose one of 1, 2"]),
+        (["parallel.virtual_pipeline=2"], ["virtual_pipeline=2", "parallel.pipeline=2 or more"]),
+        (
+            ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.micro_batch_size=4"],
+            ["1 microbatches", "multiple of 8"],
+        ),
+        (["parallel.sequence=true"], ["parallel.sequence", "parallel.tensor above 1"]),
+        (["parallel.context=2"], ["parallel.context=2", "parallel.context=1"]),
+        (["train.global_batch_size=5", "train.micro_batch_size=2"], ["global_batch_size=5", "multiple of 2"]),
+        (["train.global_batch_size=5", "parallel.data=2"], ["global_batch_size=5", "2 data-parallel", "multiple of 2"]),
+        (["train.sequence_length=4096"], ["sequence_length=4096", "max_position_embeddings=128"]),
+        (["train.steps=0"], ["train.steps=0", "1 or more"]),
+        (["train.lr=1e-5", "train.min_lr=1e-4"], ["min_lr=0.0001", "train.lr=1e-05"]),
+        (["train.lr=fast"], ["fast", "Float"]),
+        (["train.speed=9"], ["speed"]),
+        (["quantization=nvfp5"], ["nvfp5", "nvfp4_weight_only"]),
+        (["quantization.exclude=[lm_head,'*.self_atn.*']"], ["'*.self_atn.*'", "matches no linear module"]),
+        (["quantization.exclude=[lm_head,'*.q_proj']"], ["k_proj", "q_proj", "together"]),
+        (["quantization.exclude=['*.q_proj']"], ["lm_head"]),
+        (["quantization.exclude=['*']"], ["quantizes no module"]),
+        (["quantization.activations=fp3"], ["quantization.activations=fp3", "nvfp4"]),
+        (["distill.objective=sft"], ["distill.objective=sft", "qad, qat"]),
+        (["runtime.dtype=float16"], ["runtime.dtype=float16", "bfloat16, float32"]),
+        (["data=/does/not/exist.txt"], ["/does/not/exist.txt"]),
+    ],
+)
+def test_settings_are_refused(capsys, model, tmp_path, overrides, said):
+    output = tmp_path / "run"
+    line = refusal(capsys, ["distill", f"model={model}", f"output_dir={output}", *TRAIN, *overrides])
+    for words in said:
+        assert words in line
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
+        ({"vocab_size": 600}, ["515 rows", "vocab_size=600"]),
+        ({"num_hidden_layers": 5}, ["lacks", "model.layers.4"]),
+        ({"num_hidden_layers": 3}, ["model.layers.3"]),
+        ({"intermediate_size": 90}, ["intermediate_size=90"]),
+        ({"quantization_config": {"quant_method": "modelopt"}}, ["already quantized", "modelopt"]),
+    ],
+)
+def test_models_are_refused(capsys, changed, tmp_path, settings, said):
+    output = tmp_path / "run"
+    line = refusal(capsys, ["distill", f"model={changed(**settings)}", f"output_dir={output}", *TRAIN])
+    for words in said:
+        assert words in line
+    assert not output.exists()
+
+
+def test_a_truncated_file_is_refused(capsys, changed, tmp_path):
+    folder = changed()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    line = refusal(capsys, ["distill", f"model={folder}", f"output_dir={tmp_path / 'run'}", *TRAIN])
+    assert "model.safetensors" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_things_are_named(capsys, model, tmp_path):
+    assert "choose one of demo" in refusal(capsys, ["destill"])
+    assert "model is not set" in refusal(capsys, ["distill", "output_dir=x"])
+    assert "output_dir is not set" in refusal(capsys, ["distill", f"model={model}"])
+    assert "data is not set" in refusal(capsys, ["distill", f"model={model}", f"output_dir={tmp_path / 'run'}"])
+    assert "config.json does not exist" in refusal(capsys, ["distill", "model=/no/model", "output_dir=x", *TRAIN])
+
+
+def test_anothers_output_dir_is_left_alone(capsys, model, tmp_path):
+    output = tmp_path / "theirs"
+    output.mkdir()
+    (output / "thesis.txt").write_text("do not lose me")
+    line = refusal(capsys, ["distill", f"model={model}", f"output_dir={output}", *TRAIN])
+    assert "not empty" in line
+    assert [path.name for path in output.iterdir()] == ["thesis.txt"]
+
+
+def test_another_runs_output_dir_is_left_alone(capsys, model, tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    recorded = {"seed": 1}
+    (output / "run.json").write_text(json.dumps(recorded))
+    line = refusal(capsys, ["distill", f"model={model}", f"output_dir={output}", *TRAIN, "seed=2"])
+    assert "seed=1" in line
+    assert json.loads((output / "run.json").read_text()) == recorded
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"", "empty"), (b"caf\xe9 " * 100, "UTF-8"), (b"too short", "sequence")]
+)
+def test_bad_text_is_refused_on_several_ranks(tmp_path, content, said):
+    text = tmp_path / "text.txt"
+    text.write_bytes(content)
+    output = tmp_path / "run"
+    command = ["distill", "model=bundled", f"output_dir={output}", f"data={text}", "parallel.tensor=2", *TRAIN[1:]]
+    ran = subprocess.run([sys.executable, "-m", "megaqad", *command], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 2, ran.stderr
+    assert len(ran.stderr.strip().splitlines()) == 1, ran.stderr
+    assert said in ran.stderr
+    assert not Path(output).exists()
