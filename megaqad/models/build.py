@@ -187,3 +187,38 @@ def _mark_shards(chunk: CausalLM, description: ModelDescription) -> None:
     for placed, parameter in local_parameters(chunk, description):
         if placed.row.shard.dim is not None and "tensor_model_parallel" not in vars(parameter):
             set_tensor_model_parallel_attributes(parameter, True, placed.row.shard.dim, 1)
+
+
+@torch.no_grad()
+def copy_model(
+    chunks: list[CausalLM],
+    description: ModelDescription,
+    context: ParallelContext,
+    *,
+    dtype: torch.dtype,
+    linear_for: LinearChoice | None = None,
+) -> list[CausalLM]:
+    """The same weights in a model that computes in ``dtype``, for forward passes only.
+
+    A BF16 student rounds every activation, and NVFP4 turns a last-bit difference into another code; whoever compares
+    it with FP32 logits compares the rounding. Its FP32 copy computes the same function without it.
+
+    Args:
+        chunks: this rank's chunks, in any dtype.
+        context: the layout they were built for.
+        dtype: of the copy's parameters and activations.
+        linear_for: as in ``build_model``; must give layers with the same parameters and buffers.
+
+    Collectives: those of ``build_model``.
+    """
+    copies = build_model(
+        description, transformer_config(description, context.sizes, dtype=dtype), context, linear_for=linear_for
+    )
+    for chunk, copy in zip(chunks, copies, strict=True):
+        sources = {**dict(chunk.named_parameters()), **dict(chunk.named_buffers())}
+        targets = {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
+        assert sources.keys() == targets.keys(), f"{sorted(sources.keys() ^ targets.keys())} differ between the models"
+        for name, target in targets.items():
+            target.copy_(sources[name])
+            target.requires_grad_(False)
+    return copies

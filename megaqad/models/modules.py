@@ -105,5 +105,5 @@ def rotary_frequencies(description: ModelDescription) -> Tensor:
         scaling.high_freq_factor - scaling.low_freq_factor
     )
     between = (1 - blend) * frequencies / scaling.factor + blend * frequencies
-    stretched = torch.where(wavelength > long, frequencies / scaling.factor, frequencies)
-    return torch.where((wavelength >= short) & (wavelength <= long), between, stretched)
+    stretched = torch.where(wavelength > long, frequencies / scaling.factor, between)
+    return torch.where(wavelength < short, frequencies, stretched)
