@@ -20,6 +20,7 @@ decides between code 0 and code 8, and whether a block counts as zero.
 Needs Triton, and a CUDA device unless the process runs with ``TRITON_INTERPRET=1``. Imported only when asked for.
 """
 
+# ruff: noqa: PLR0124, PLR0917, RET505 - kernels ask for NaN by x == x, and choose at compile time by if and else
 import os
 from contextlib import AbstractContextManager, nullcontext
 
@@ -32,7 +33,7 @@ from megaqad.nvfp4.format import BLOCK_SIZE, MIN_GLOBAL_SCALE, NVFP4Tensor, tens
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read when the kernels are made, as Triton does
 
-_TILE = 256  # blocks per program: 32 elements a thread at 4 warps
+_TILE = 1024 if _INTERPRETED else 256  # blocks per program; compiled, that is 32 elements a thread
 _WORDS = BLOCK_SIZE // 2  # words per block
 _MIN_GLOBAL_SCALE = tl.constexpr(MIN_GLOBAL_SCALE)
 _SAFE_GLOBAL_SCALE = tl.constexpr(2.0**-90)
@@ -112,7 +113,8 @@ def _launch_quantize(
 def _check_runnable(device: torch.device) -> None:
     if device.type != "cuda" and not _INTERPRETED:
         raise ValueError(
-            f"impl='triton' runs on CUDA, not on {device}: use impl='auto', or set TRITON_INTERPRET=1 to debug the kernels"
+            f"impl='triton' runs on CUDA, not on {device}: "
+            "use impl='auto', or set TRITON_INTERPRET=1 to debug the kernels"
         )
 
 
@@ -126,7 +128,7 @@ def _as_words(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _split_word(word, FORMAT: tl.constexpr):
+def _split_word(word: tl.tensor, FORMAT: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """The even and the odd element of a word, as float32."""
     if FORMAT == "bf16":  # the upper half of a float32
         return (word << 16).to(tl.float32, bitcast=True), ((word >> 16) << 16).to(tl.float32, bitcast=True)
@@ -140,7 +142,7 @@ def _split_word(word, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def _join_word(even, odd, FORMAT: tl.constexpr, INTERPRETED: tl.constexpr):
+def _join_word(even: tl.tensor, odd: tl.tensor, FORMAT: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
     """The word of two float32, each rounded to the format."""
     if FORMAT == "fp32":
         low, high = even.to(tl.int32, bitcast=True).to(tl.int64), odd.to(tl.int32, bitcast=True).to(tl.int64)
@@ -161,7 +163,7 @@ def _join_word(even, odd, FORMAT: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _bf16_bits(v):
+def _bf16_bits(v: tl.tensor) -> tl.tensor:
     """BF16 bits of a float32, in the low half of an int32: add just under half a step, more if that makes it even."""
     bits = v.to(tl.int32, bitcast=True)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
@@ -169,13 +171,13 @@ def _bf16_bits(v):
 
 
 @triton.jit
-def _magnitude_bits(v):
+def _magnitude_bits(v: tl.tensor) -> tl.tensor:
     """Bits of ``abs(v)``: non-negative floats order as these integers do, with NaN above infinity."""
     return v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def _divide(a, b, r):
+def _divide(a: tl.tensor, b: tl.tensor, r: tl.tensor) -> tl.tensor:
     """``a / b`` correctly rounded, for ``r`` the correctly rounded ``1 / b``; NaN where it overflows."""
     faithful = a * r
     faithful = tl.fma(tl.fma(-b, faithful, a), r, faithful)
@@ -183,7 +185,7 @@ def _divide(a, b, r):
 
 
 @triton.jit
-def _round_to_e4m3(s):
+def _round_to_e4m3(s: tl.tensor) -> tl.tensor:
     """Round float32 in 2**-9..448 to the values of E4M3, ties to even; NaN stays NaN."""
     power = tl.maximum(s.to(tl.int32, bitcast=True) & _EXPONENT, _MIN_NORMAL_E4M3_BITS)
     rounder = (power + (20 << 23)).to(tl.float32, bitcast=True)
@@ -191,7 +193,7 @@ def _round_to_e4m3(s):
 
 
 @triton.jit
-def _e4m3_byte(v):
+def _e4m3_byte(v: tl.tensor) -> tl.tensor:
     """The byte, in an int32, of a value of E4M3."""
     normal = (v.to(tl.int32, bitcast=True) >> 20) - 960  # keep three mantissa bits, move the exponent's bias to 7
     byte = tl.where(v < _MIN_NORMAL_E4M3, (v * 512).to(tl.int32), normal)
@@ -199,7 +201,7 @@ def _e4m3_byte(v):
 
 
 @triton.jit
-def _e4m3_value(byte):
+def _e4m3_value(byte: tl.tensor) -> tl.tensor:
     """float32 of an E4M3 byte held in an int32."""
     magnitude = byte & 0x7F
     normal = ((magnitude + 960) << 20).to(tl.float32, bitcast=True)
@@ -209,7 +211,7 @@ def _e4m3_value(byte):
 
 
 @triton.jit
-def _round_to_e2m1(y):
+def _round_to_e2m1(y: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Magnitude and code 0..7 of a non-negative float32, ties to even; beyond 6, and for NaN, 6 and 7."""
     y = tl.where(y < 6.0, y, 6.0)
     power = tl.maximum(y.to(tl.int32, bitcast=True) & _EXPONENT, _ONE_BITS)  # of 1, 2 or 4
@@ -221,7 +223,7 @@ def _round_to_e2m1(y):
 
 
 @triton.jit
-def _with_sign(magnitude, x, scale):
+def _with_sign(magnitude: tl.tensor, x: tl.tensor, scale: tl.tensor) -> tl.tensor:
     """``magnitude * scale`` with the sign of ``x``, zeros positive: adding +0.0 turns -0.0 into it and no other bit."""
     sign = x.to(tl.int32, bitcast=True) & -0x80000000
     signed = (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
@@ -229,7 +231,7 @@ def _with_sign(magnitude, x, scale):
 
 
 @triton.jit
-def _e2m1_value(code):
+def _e2m1_value(code: tl.tensor) -> tl.tensor:
     """float32 of an E2M1 code 0..15 held in an int32; code 8 is plain 0."""
     magnitude = code & 7
     normal = ((magnitude + 252) << 22).to(tl.float32, bitcast=True)
@@ -238,7 +240,7 @@ def _e2m1_value(code):
 
 
 @triton.jit
-def _block_scales(top, s2, exact):
+def _block_scales(top: tl.tensor, s2: tl.tensor, exact: tl.tensor) -> tl.tensor:
     """E4M3 values of the block scales for block amaxes ``top`` [TILE] under the global scale ``s2`` []."""
     divisor = tl.full(top.shape, 6.0, tl.float32) * s2
     if exact:
@@ -256,10 +258,11 @@ def _block_scales(top, s2, exact):
 
 @triton.jit
 def _quantize_kernel(
-    x_words, amax, value_words, codes, scales, global_scale, blocks,
+    x_words: tl.tensor, amax: tl.tensor, value_words: tl.tensor, codes: tl.tensor, scales: tl.tensor,
+    global_scale: tl.tensor, blocks: tl.tensor,
     FORMAT: tl.constexpr, WANT_VALUES: tl.constexpr, WANT_CODES: tl.constexpr, INTERPRETED: tl.constexpr,
     TILE: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """x_words [blocks, 8], amax [] -> value_words [blocks, 8], codes [blocks, 8], scales [blocks], global_scale []."""
     pid = tl.program_id(0).to(tl.int64)
     block = pid * TILE + tl.arange(0, TILE)
@@ -303,9 +306,9 @@ def _quantize_kernel(
 
 @triton.jit
 def _dequantize_kernel(
-    codes, scales, global_scale, value_words, blocks,
+    codes: tl.tensor, scales: tl.tensor, global_scale: tl.tensor, value_words: tl.tensor, blocks: tl.tensor,
     FORMAT: tl.constexpr, INTERPRETED: tl.constexpr, TILE: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """codes [blocks, 8], scales [blocks], global_scale [] -> value_words [blocks, 8]."""
     block = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     at = block[:, None] * WORDS + tl.arange(0, WORDS)[None, :]

@@ -7,8 +7,8 @@ import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-_TRITON_MISSING = importlib.util.find_spec("triton") is None
+TRITON_IS_MISSING = importlib.util.find_spec("triton") is None
 
-TRITON = pytest.param("triton", marks=pytest.mark.skipif(_TRITON_MISSING, reason="triton is not installed"))
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(TRITON_IS_MISSING, reason="triton is not installed"))
 FAST = ("torch", TRITON)
 ALL = ("reference", *FAST)

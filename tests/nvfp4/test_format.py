@@ -19,6 +19,8 @@ from tests.nvfp4 import data
 from tests.nvfp4.data import DTYPES, MIDPOINTS
 from tests.nvfp4.implementations import ALL, DEVICE
 
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+
 ONE = torch.tensor(2688.0, device=DEVICE)
 """The amax whose global scale is exactly 1."""
 
@@ -226,5 +228,5 @@ def test_misfits_are_refused(impl, function):
 
 
 def test_unknown_implementation_is_refused():
-    with pytest.raises(ValueError, match="impl must be one of auto, reference, torch, not 'fast'"):
+    with pytest.raises(ValueError, match="impl must be one of auto, reference, torch, triton, not 'fast'"):
         quantize(torch.ones(4, 16), impl="fast")

@@ -1,0 +1,128 @@
+"""What the interpreter cannot show of the Triton kernels: their division, their compiled code, their absence."""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+from megaqad.nvfp4 import quantize
+from tests.nvfp4.data import MIDPOINTS
+from tests.nvfp4.implementations import TRITON_IS_MISSING
+
+needs_triton = pytest.mark.skipif(TRITON_IS_MISSING, reason="triton is not installed")
+
+
+def run_python(program: str, **environment: str | None) -> str:
+    """Standard output of ``program`` in a fresh interpreter, whose environment differs as given (None removes)."""
+    env = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_division_by_fused_multiply_add_is_division():
+    """The kernel's five-step quotient, with the C library's fused multiply-add, on quotients around every midpoint.
+
+    Dividends are the few floats on both sides of ``midpoint * divisor``: the only ones where a last bit decides.
+    """
+    libm = ctypes.CDLL(None)
+    libm.fmaf.restype = ctypes.c_float
+    libm.fmaf.argtypes = [ctypes.c_float] * 3
+    fma, f32 = libm.fmaf, np.float32
+    rng = np.random.default_rng(0)
+    smallest, largest = 2.0**-99, 448 * 2.0**127 / 2688
+    exponents = rng.uniform(np.log2(smallest), np.log2(largest), 400)
+    for divisor in (f32(2.0**e) for e in exponents):
+        r = f32(1) / divisor
+        for midpoint in MIDPOINTS:
+            near = np.int64(f32(midpoint * np.float64(divisor)).view(np.int32))
+            for a in (near + np.arange(-3, 4)).astype(np.int32).view(np.float32):
+                q = a * r
+                q = fma(fma(-divisor, q, a), r, q)
+                q = fma(fma(-divisor, q, a), r, q)
+                assert f32(q) == a / divisor
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [90, 100])
+def test_compiled_code_keeps_to_exact_arithmetic(capability):
+    """Compiles for Hopper and Blackwell, which needs no GPU, and reads the assembly.
+
+    No operation flushes subnormals or approximates; multiply-adds are only where the source asks for them; BF16 memory
+    traffic is in full 16-byte words.
+    """
+    program = f"""
+        import json, re, triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from megaqad.nvfp4 import triton_kernels as t
+
+        pointers = dict(
+            x_words="*i32", amax="*fp32", value_words="*i32", codes="*u8", scales="*u8", global_scale="*fp32"
+        )
+        constants = dict(FORMAT="bf16", WANT_VALUES=True, WANT_CODES=False, INTERPRETED=False, TILE=256, WORDS=8)
+        source = ASTSource(
+            fn=t._quantize_kernel,
+            signature=dict(**pointers, blocks="i32", **dict.fromkeys(constants, "constexpr")),
+            constexprs=constants,
+            attrs={{(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}},
+        )
+        options = dict(enable_fp_fusion=False)
+        ptx = triton.compile(source, target=GPUTarget("cuda", {capability}, 32), options=options).asm["ptx"]
+        unwanted = [r"\\.ftz", r"div\\.(full|approx)", r"rcp\\.approx", r"mad\\.f32"]
+        wanted = [r"fma\\.rn\\.f32", r"div\\.rn\\.f32", r"[ls][dt]\\.global\\.v4\\.b32", r"cvt\\.rn\\.bf16x2"]
+        print(json.dumps([{{p: len(re.findall(p, ptx)) for p in group}} for group in (unwanted, wanted)]))
+    """
+    unwanted, wanted = json.loads(run_python(program, TRITON_INTERPRET=None))
+    assert not any(unwanted.values()), unwanted
+    assert all(wanted.values()), wanted
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="concerns machines without a GPU")
+def test_without_a_gpu_the_kernels_say_where_they_run():
+    program = """
+        import torch
+        from megaqad.nvfp4 import quantize
+        try:
+            quantize(torch.ones(1, 16), impl="triton")
+        except ValueError as error:
+            print(error)
+    """
+    message = "impl='triton' runs on CUDA, not on cpu: use impl='auto', or set TRITON_INTERPRET=1 to debug the kernels"
+    assert run_python(program, TRITON_INTERPRET=None).strip() == message
+
+
+def test_triton_is_optional():
+    """A machine without Triton imports the package, quantizes, and hears what impl='triton' lacks."""
+    program = """
+        import sys, importlib.abc
+
+        class Hide(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] == "triton":
+                    raise ModuleNotFoundError(name)
+
+        import torch
+        import importlib.util
+        real = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *a: None if name == "triton" else real(name, *a)
+        sys.meta_path.insert(0, Hide())
+        from megaqad.nvfp4 import quantize
+        print(quantize(torch.ones(1, 16)).codes.tolist())
+        try:
+            quantize(torch.ones(1, 16), impl="triton")
+        except ValueError as error:
+            print(error)
+    """
+    values, error = run_python(program).strip().splitlines()
+    assert values == str(quantize(torch.ones(1, 16)).codes.tolist())
+    assert error == "impl='triton' needs Triton: pip install triton, or use impl='auto'"
