@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megaqad.losses.objectives import ELSEWHERE
+from megaqad.losses.objectives.base import ELSEWHERE
 from megaqad.losses.sharding import Group, agree, gather_sequence, group_size
 
 _SMALLEST_CHUNK = 512

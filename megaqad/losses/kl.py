@@ -37,9 +37,10 @@ class KLSums:
     sums: Tensor
     """FP64 [2, n]: sum of e^((z - peak) / T) of student and teacher"""
 
-    def factors(self, scale: Tensor, temperature: float) -> Tensor:
-        """FP32 [2, n] for `Kernel.gradient`: scale / (T S); exactly 0 where `scale` [n] is 0, even if S is NaN."""
-        return torch.where(scale == 0, 0.0, scale / (self.sums * temperature)).float()
+
+def factors(sums: Tensor, scale: Tensor, temperature: float) -> Tensor:
+    """FP32 [2, n] for `Kernel.gradient`: scale / (T S); exactly 0 where `scale` [n] is 0, even if S is NaN."""
+    return torch.where(scale == 0, 0.0, scale / (sums * temperature)).float()
 
 
 def merge(gathered: Tensor, temperature: float) -> KLSums:
@@ -85,9 +86,9 @@ class _AllGatherStatisticsThenLocalGradient(torch.autograd.Function):
         student, teacher, mask, peaks, sums = ctx.saved_tensors
         scale = grad_token_kl if mask is None else grad_token_kl.masked_fill(~mask, 0.0)
         call: _Call = ctx.call
-        factors = KLSums(scale, peaks, sums).factors(scale, call.temperature)
+        scaled = factors(sums, scale, call.temperature)
         out = student.detach() if call.inplace else torch.empty_like(student)
-        call.kernel.gradient(student, teacher, peaks=peaks, factors=factors, temperature=call.temperature, out=out)
+        call.kernel.gradient(student, teacher, peaks=peaks, factors=scaled, temperature=call.temperature, out=out)
         return out, None, None, None
 
 

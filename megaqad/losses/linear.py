@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from megaqad.losses import gemm, inputs, kernels, kl, reference
 from megaqad.losses.inputs import Layout, Model, Tokens
-from megaqad.losses.objectives import Chunk, CrossEntropy, ForwardKL, Objective
+from megaqad.losses.objectives import CrossEntropy, ForwardKL, Objective
+from megaqad.losses.objectives.base import ALL, Chunk
 from megaqad.losses.sharding import Group, scatter_sequence_sum, sum_over_shards_
 
 
@@ -73,12 +74,13 @@ def _run(student: Model, teacher: Model | None, plan: _Plan) -> _Outcome:
             ),
             plan.kernel,
         )
-        evaluation.merge(kl.gathered_statistics(evaluation.local(), plan.layout.group))
+        for _ in range(evaluation.rounds):
+            evaluation.merge(kl.gathered_statistics(evaluation.local(), plan.layout.group))
         token_loss[tokens] = evaluation.loss
         if hidden_gradient is None and head_gradient is None:
             continue
         slope = buffers[0, : len(tokens)]
-        evaluation.gradient(plan.tokens.weights[tokens].double(), out=slope)
+        evaluation.gradient(ALL, plan.tokens.weights[tokens].double(), out=slope)
         if hidden_gradient is not None:
             hidden_gradient[tokens] = gemm.hidden_gradient(slope, student.head.detach())
         if head_gradient is not None:
@@ -155,9 +157,9 @@ def linear_divergence(
     Sharding out: the scalar loss (FP32, differentiable in `student_hidden` and `student_head`) and the tokens' losses
     (FP32 [N], detached, 0 where the weight is 0), the same on every rank. The gradient of `student_hidden` is
     complete and sharded as its input; that of `student_head` is this rank's rows. Neither may be reduced over `group`
-    again. Collectives: one small all-gather to agree on the work, one all-gather of statistics per chunk, one
-    all-reduce of the hidden states' gradient (reduce-scatter, and an all-gather of hidden states, under sequence
-    parallelism). All in forward; the sequence is the same on all ranks. None in backward.
+    again. Collectives: one small all-gather to agree on the work, one all-gather of statistics per chunk (two for
+    Jensen-Shannon), one all-reduce of the hidden states' gradient (reduce-scatter, and an all-gather of hidden
+    states, under sequence parallelism). All in forward; the sequence is the same on all ranks. None in backward.
 
     Tokens of weight 0 take no part in any product and may hold NaN. `accumulate_into` (FP32 [V_local, H_s],
     Megatron-Core's `main_grad` of the head) receives the head's gradient in backward, added in FP32; autograd then
@@ -222,7 +224,6 @@ def linear_kl(
 
     `linear_divergence` with `ForwardKL(temperature)`: sharding, collectives, gradients and errors are described there.
     """
-    kl.check_temperature(temperature)
     return linear_divergence(
         student_hidden,
         student_head,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megaqad.losses import gemm, inputs, kernels, kl
 from megaqad.losses.inputs import Layout, Model, Tokens
-from megaqad.losses.objectives import label_logits
+from megaqad.losses.objectives.cross_entropy import label_logits
 from megaqad.losses.sharding import Group, gather
 
 

@@ -5,6 +5,7 @@ place, and computes the loss over the dense vocabulary with `log_softmax`; autog
 part of the gradient. Every fast path has the same signature and is tested against this file.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,23 @@ def forward_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     log_p_s = torch.log_softmax(student / temperature, dim=-1)
     log_p_t = torch.log_softmax(teacher / temperature, dim=-1)
     return (log_p_t.exp() * (log_p_t - log_p_s)).sum(-1)
+
+
+def generalized_jsd(student: Tensor, teacher: Tensor, temperature: float, beta: float) -> Tensor:
+    """beta KL(p_t || m) + (1 - beta) KL(p_s || m), m = beta p_t + (1 - beta) p_s: dense logits [n, V] -> [n]."""
+    log_p_s = torch.log_softmax(student / temperature, dim=-1)
+    log_p_t = torch.log_softmax(teacher / temperature, dim=-1)
+    log_m = torch.logaddexp(log_p_t + math.log(beta), log_p_s + math.log(1 - beta))
+    from_teacher = (log_p_t.exp() * (log_p_t - log_m)).sum(-1)
+    from_student = (log_p_s.exp() * (log_p_s - log_m)).sum(-1)
+    return beta * from_teacher + (1 - beta) * from_student
+
+
+def logit_mse(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Mean squared difference over the columns that neither model pads: dense logits [n, V] -> [n]."""
+    counted = (student > FLOOR) & (teacher > FLOOR)
+    difference = torch.where(counted, (student - teacher) / temperature, 0.0)
+    return difference.square().sum(-1) / counted.sum(-1)
 
 
 def cross_entropy(student: Tensor, labels: Tensor) -> Tensor:
