@@ -9,26 +9,17 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megaqad.distillation.forward import forward_hidden
+from megaqad.errors import UserError
 from megaqad.export.modelopt import export_modelopt
 from megaqad.models.build import build_model, transformer_config
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import describe_model
-from megaqad.models.families import linear_sites
+from megaqad.models.families import linear_modules
 from megaqad.models.hf_reader import load_weights
 from megaqad.quantization.recipe import Recipe
 from megaqad.quantization.settings import QuantizationSettings
 from megaqad.quantization.state import calibrate, input_amaxes, linear_for
 from megaqad.runtime.parallel import ParallelContext, ParallelSizes, parallel
-
-
-def linear_modules(folder: Path) -> list[str]:
-    description = describe_model(folder)
-    return [
-        name
-        for layer in range(description.num_layers)
-        for site in linear_sites(description, layer).values()
-        for name in site.hf_modules
-    ]
 
 
 def export_weights(rank: int, world: int, folder: Path, sizes: ParallelSizes, options: dict[str, Any]) -> None:
@@ -42,6 +33,15 @@ def export_weights(rank: int, world: int, folder: Path, sizes: ParallelSizes, op
         if spoil is not None and rank == world - 1:
             chunks[-1].decoder.layers[-1].mlp.linear_fc2.weight.data[3, 5] = spoil
         export_modelopt(chunks, description, context, model_dir=folder, **options)
+
+
+def refused_export(rank: int, world: int, folder: Path, sizes: ParallelSizes, options: dict[str, Any]) -> str:
+    """The message by which this rank's export is refused; returned, so that the pool of ranks lives on."""
+    try:
+        export_weights(rank, world, folder, sizes, options)
+    except UserError as error:
+        return str(error)
+    return "not refused"
 
 
 def student_logits(chunks: list[CausalLM], context: ParallelContext, tokens: np.ndarray) -> Any:
@@ -63,7 +63,7 @@ def calibrate_and_export(rank: int, world: int, folder: Path, sizes: ParallelSiz
     """
     with parallel(sizes) as context:
         description = describe_model(folder)
-        recipe = Recipe(QuantizationSettings(**options["settings"]), [*linear_modules(folder), "lm_head"])
+        recipe = Recipe(QuantizationSettings(**options["settings"]), [*linear_modules(description), "lm_head"])
         config = transformer_config(description, sizes, dtype=options["dtype"])
         chunks = build_model(description, config, context, linear_for=linear_for(recipe))
         load_weights(chunks, description, folder)

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from megaqad.errors import UserError
 from megaqad.models.build import build_model, transformer_config
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import describe_model
@@ -147,3 +148,12 @@ def round_trip(rank: int, world: int, folder: Path, sizes: ParallelSizes, save: 
         statistics = load_weights(chunks, description, folder)
         save_pretrained(chunks, description, context, model_dir=folder, **save)
         return statistics
+
+
+def refused_round_trip(rank: int, world: int, folder: Path, sizes: ParallelSizes, save: dict[str, Any]) -> str:
+    """The message by which saving is refused on this rank; returned, so that the pool of ranks lives on."""
+    try:
+        round_trip(rank, world, folder, sizes, save)
+    except UserError as error:
+        return str(error)
+    return "not refused"
