@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megaqad.errors import EXIT_STOPPED_EARLY, EXIT_USER_ERROR, StoppedEarly, UserError
-from megaqad.runtime import launch
+from megaqad.runtime import launch, signals
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments[0], arguments[1:])
     except UserError as error:
-        return _refuse(error)
+        launch.report_line("megaqad: " + " ".join(str(error).split()), EXIT_USER_ERROR)
+        return EXIT_USER_ERROR
     except StoppedEarly as stop:
-        print(f"megaqad: {stop}", file=sys.stderr)
+        launch.report_line(f"megaqad: {stop}", EXIT_STOPPED_EARLY)
         return EXIT_STOPPED_EARLY
     except Exception as error:
+        if signals.stop_requested() is not None and launch.is_rank():  # another rank has stopped already
+            launch.report_line(f"megaqad: {signals.stop_reason()}", EXIT_STOPPED_EARLY)
+            return EXIT_STOPPED_EARLY
         launch.report_failure(error)
         return 1
 
@@ -90,26 +94,21 @@ def _run(name: str, overrides: list[str]) -> int:
         print(f"megaqad {name}: {command.summary}\n\n{config.settings_help()}")
         return 0
     launch.adopt_slurm_environment()
+    if launch.is_rank():
+        launch.end_with_launcher()
+        signals.listen()
     settings = config.load_settings([*command.presets, *overrides])
     config.check_settings(name, settings)
     if command.writes_run:
         identity.check_output_dir(name, settings)
     if not launch.is_rank() and settings.local_ranks > 1:
         return launch.run_ranks_here([name, *overrides], settings.local_ranks)
+    if not launch.is_rank():
+        signals.listen()
     _quiet_imports()
     module = importlib.import_module(f"megaqad.commands.{command.module}")
     vars(module)[name](settings)
     return 0
-
-
-def _refuse(error: UserError) -> int:
-    """One line on standard error: from the launcher when there is one, else from the first rank alone."""
-    message = "megaqad: " + " ".join(str(error).split())
-    if launch.FAILURE_FILE_VARIABLE in os.environ:
-        launch.write_failure(message)
-    elif os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr)
-    return EXIT_USER_ERROR
 
 
 def _quiet_imports() -> None:

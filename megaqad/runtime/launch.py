@@ -3,12 +3,15 @@
 A command started plainly that needs more than one rank runs as one process per rank, each with the environment that
 torchrun would give it. Under torchrun or srun this file does nothing: the ranks exist already.
 
-A rank that fails writes its traceback to a file of its own with the time. The launcher ends the others within
-seconds and shows only the earliest traceback: the rest are the echo of a broken connection. Signals sent to the
-launcher reach every rank.
+A rank that ends early leaves a note with the reason in a file of its own. The launcher ends the others within seconds
+and shows only the earliest note: the rest are the echo of a broken connection. Times are of the machine's monotonic
+clock, which no correction sets back. Signals sent to the launcher reach every rank once: the ranks live in a session
+of their own, so that the terminal's Ctrl-C does not reach them a second time. A launcher that is killed takes its
+ranks with it, and with them their lock on the output directory.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -18,21 +21,44 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
-from megaqad.errors import UserError
+from megaqad.errors import EXIT_STOPPED_EARLY, UserError
 
-FAILURE_FILE_VARIABLE = "MEGAQAD_FAILURE_FILE"
+NOTE_FILE_VARIABLE = "MEGAQAD_NOTE_FILE"
+LAUNCHER_VARIABLE = "MEGAQAD_LAUNCHER"
+TORCHELASTIC_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 GRACE_SECONDS = 3.0
 """How long the others may take to report a failure of their own or to end before they are killed."""
+STOP_GRACE_SECONDS = 300.0
+"""The same after a rank that stopped early on request: the others may be sending their last log lines."""
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+DIE_WITH_PARENT = 1
+"""``PR_SET_PDEATHSIG`` of Linux's prctl."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """Why a rank ended early."""
+
+    time: float
+    """Monotonic seconds of this machine."""
+    message: str
+    code: int
+    """Exit code the command should end with."""
 
 
 def is_rank() -> bool:
     """Whether this process is one of several ranks that a launcher started."""
     return "RANK" in os.environ
+
+
+def has_launcher() -> bool:
+    """Whether this file's launcher started this process and shows its failures."""
+    return NOTE_FILE_VARIABLE in os.environ
 
 
 def adopt_slurm_environment() -> None:
@@ -49,50 +75,77 @@ def adopt_slurm_environment() -> None:
             )
 
 
-def write_failure(message: str) -> None:
-    """On a rank: leave the reason of a failure where the launcher looks for it."""
-    path = os.environ.get(FAILURE_FILE_VARIABLE)
-    if path is not None:
-        Path(path).write_text(json.dumps({"time": time.time(), "message": message}), encoding="utf-8")
+def end_with_launcher() -> None:
+    """On a rank: be killed when the launcher is, however that happens. Linux only; elsewhere ranks live on."""
+    if LAUNCHER_VARIABLE not in os.environ or sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != int(os.environ[LAUNCHER_VARIABLE]):  # it died before the request was made
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_note(message: str, code: int) -> None:
+    """On a rank: leave the reason of an early end where the launcher, or torchrun, looks for it; the first stays."""
+    path = os.environ.get(NOTE_FILE_VARIABLE)
+    if path is not None and not Path(path).exists():
+        Path(path).write_text(json.dumps(asdict(Note(time.monotonic(), message, code))), encoding="utf-8")
+    elastic = os.environ.get(TORCHELASTIC_FILE_VARIABLE)
+    if elastic and not Path(elastic).exists():
+        # The form torchrun reads: it names the earliest failure as the root cause.
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        content = {"message": {"message": message, "extraInfo": extra}}
+        with contextlib.suppress(OSError):
+            Path(elastic).write_text(json.dumps(content), encoding="utf-8")
 
 
 def report_failure(error: BaseException) -> None:
     """Show a defect: to the launcher when there is one, else on standard error."""
     text = "".join(traceback.format_exception(error)).rstrip()
-    if FAILURE_FILE_VARIABLE in os.environ:
-        write_failure(text)
-    else:
+    write_note(text, 1)
+    if not has_launcher():
         print(text, file=sys.stderr)
+
+
+def report_line(message: str, code: int) -> None:
+    """Show one line of a command that ends early, once: from the launcher, else from the first rank alone."""
+    write_note(message, code)
+    if not has_launcher() and os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
 
 
 def run_ranks_here(arguments: Sequence[str], ranks: int) -> int:
     """Run ``python -m megaqad <arguments>`` as ``ranks`` processes; the exit code to end with.
 
-    0 when all ranks end well, else the code of the rank that failed first.
+    0 when all ranks end well, else that of the rank which was the first to end early.
     """
-    port = _free_port()
     with tempfile.TemporaryDirectory(prefix="megaqad-") as folder:
-        processes = []
-        for rank in range(ranks):
-            environment = {
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                FAILURE_FILE_VARIABLE: f"{folder}/{rank}.json",
-            }
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-            processes.append(subprocess.Popen([sys.executable, "-m", "megaqad", *arguments], env=environment))
-        with _forwarding_signals(processes):
-            first = _wait_for_first_failure(processes)
-        _end(processes)
+        processes: list[subprocess.Popen[bytes]] = []
+        with _forwarding_signals(processes) as forwarded:
+            for environment in _environments(ranks, folder):
+                command = [sys.executable, "-m", "megaqad", *arguments]
+                processes.append(subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True))
+            for number in list(forwarded):  # came while the last of them was being started
+                _send(processes, number)
+            first = _wait_for_early_end(processes)
+            killed_here = _end(processes, STOP_GRACE_SECONDS if _stopped(processes) else GRACE_SECONDS)
         if first is None:
             return 0
-        _show_first_failure(Path(folder), first, processes[first].returncode)
-        return _exit_code(processes[first].returncode)
+        codes = {rank: process.returncode for rank, process in enumerate(processes) if rank not in killed_here}
+        return _explain(_notes(Path(folder)), codes, first, forwarded)
+
+
+def _environments(ranks: int, folder: str) -> Iterator[dict[str, str]]:
+    """What each rank finds in its environment beside this process's own."""
+    shared = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks))),
+        LAUNCHER_VARIABLE: str(os.getpid()),
+    }
+    for rank in range(ranks):
+        yield {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), NOTE_FILE_VARIABLE: f"{folder}/{rank}.json"}
 
 
 def _free_port() -> int:
@@ -102,22 +155,30 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def _forwarding_signals(processes: list[subprocess.Popen[bytes]]):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _forwarding_signals(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Pass signals on to the ranks inside the block; gives the list of those that came."""
+    came: list[int] = []
+
     def forward(number: int, _frame: FrameType | None) -> None:
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(number)
+        came.append(number)
+        _send(processes, number)
 
     before = {number: signal.signal(number, forward) for number in FORWARDED_SIGNALS}
     try:
-        yield
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _wait_for_first_failure(processes: list[subprocess.Popen[bytes]]) -> int | None:
-    """The first rank seen to end badly, None when all end well."""
+def _send(processes: list[subprocess.Popen[bytes]], number: int) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(number)
+
+
+def _wait_for_early_end(processes: list[subprocess.Popen[bytes]]) -> int | None:
+    """The first rank seen to end with another code than 0, None when all end well."""
     while True:
         codes = [process.poll() for process in processes]
         for rank, code in enumerate(codes):
@@ -128,36 +189,57 @@ def _wait_for_first_failure(processes: list[subprocess.Popen[bytes]]) -> int | N
         time.sleep(0.05)
 
 
-def _end(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Let the ranks that are still alive notice, then end them."""
-    deadline = time.monotonic() + GRACE_SECONDS
+def _stopped(processes: list[subprocess.Popen[bytes]]) -> bool:
+    return any(process.poll() == EXIT_STOPPED_EARLY for process in processes)
+
+
+def _end(processes: list[subprocess.Popen[bytes]], grace: float) -> set[int]:
+    """Let the ranks that are still alive notice, then kill them; those it had to kill."""
+    deadline = time.monotonic() + grace
     while time.monotonic() < deadline and any(process.poll() is None for process in processes):
         time.sleep(0.05)
+    killed = {rank for rank, process in enumerate(processes) if process.poll() is None}
+    for rank in killed:
+        processes[rank].kill()
     for process in processes:
-        if process.poll() is None:
-            process.kill()
         process.wait()
+    return killed
 
 
-def _show_first_failure(folder: Path, rank: int, code: int) -> None:
-    """Print the earliest failure that any rank reported; a rank that was killed could report none."""
-    failures = []
+def _notes(folder: Path) -> dict[int, Note]:
+    """What the ranks left, by rank."""
+    notes = {}
     for path in folder.glob("*.json"):
-        with contextlib.suppress(json.JSONDecodeError):
-            failures.append((json.loads(path.read_text(encoding="utf-8")), int(path.stem)))
-    reported = {number for _, number in failures}
-    if rank not in reported and code < 0:
-        print(
-            f"megaqad: rank {rank} was ended by {signal.Signals(-code).name}; all ranks were stopped", file=sys.stderr
-        )
-    elif failures:
-        failure, number = min(failures, key=lambda entry: entry[0]["time"])
-        message = failure["message"]
-        print(f"rank {number} failed first:\n{message}" if "\n" in message else message, file=sys.stderr)
-    else:
-        print(f"megaqad: rank {rank} ended with code {code} without a message", file=sys.stderr)
+        with contextlib.suppress(json.JSONDecodeError, TypeError):
+            notes[int(path.stem)] = Note(**json.loads(path.read_text(encoding="utf-8")))
+    return notes
 
 
-def _exit_code(code: int) -> int:
-    """A process's return code as a shell would give it."""
-    return code if code >= 0 else 128 - code
+def _explain(notes: dict[int, Note], codes: dict[int, int], first_seen: int, asked: list[int]) -> int:
+    """Print why the command ends early, in one place; its exit code.
+
+    Args:
+        codes: return codes by rank, negative for a signal, of the ranks that ended by themselves.
+        first_seen: the rank that was seen to end first.
+        asked: signals that this launcher passed on.
+    """
+    ended_by_signal = [rank for rank, code in codes.items() if code < 0 and rank not in notes]
+    if ended_by_signal:  # a rank that was killed could leave no note; those that others left are its echo
+        rank = ended_by_signal[0]
+        number = -codes[rank]
+        if number in asked:
+            print(f"megaqad: stopped by {signal.Signals(number).name} before the work began", file=sys.stderr)
+            return EXIT_STOPPED_EARLY
+        name = signal.Signals(number).name
+        print(f"megaqad: rank {rank} was ended by {name}; all ranks were stopped", file=sys.stderr)
+        return 128 + number
+    if not notes:
+        why = f"rank {first_seen} ended with code {codes[first_seen]} without a message"
+        if len(asked) > 1:
+            why = "stopped at once by a second signal; the last checkpoint is intact"
+        print(f"megaqad: {why}", file=sys.stderr)
+        return codes[first_seen]
+    rank, earliest = min(notes.items(), key=lambda entry: entry[1].time)
+    message = earliest.message
+    print(f"rank {rank} failed first:\n{message}" if "\n" in message else message, file=sys.stderr)
+    return earliest.code

@@ -1,0 +1,154 @@
+"""Files that survive: written whole or not at all, flushed to the disk, checked by reading them back.
+
+A file that must never be seen half-written is written under another name, flushed (``fsync``), renamed, and the
+directory's own entry flushed too: after a power cut there is the old content or the new, never a mixture. Everything
+is created by plain ``open``, so its permissions follow the user's umask (the safetensors library's ``save_file`` leaves
+0600 behind, which locks colleagues out of a shared run).
+
+Weights are safetensors: eight bytes of header length, a JSON header, raw little-endian data. Writing it here takes
+thirty lines and gives the digest of the bytes in the same pass.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 16 * 1024 * 1024
+"""Bytes written and hashed at a time: large enough for a disk, small enough for a cache."""
+
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """What a file must be to be the one that was written."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    """Of the whole content, 64 hex digits."""
+
+
+def sync_directory(directory: Path) -> None:
+    """Flush a directory's entries: the names in it, not the files' contents."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text_whole(path: Path, text: str) -> FileDigest:
+    """Replace ``path`` by ``text`` (UTF-8): a reader, also one after a crash, sees the old file or the new one.
+
+    Raises:
+        OSError: as from ``open``, ``write`` or ``fsync``; ``path`` is then what it was.
+    """
+    content = text.encode("utf-8")
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+    return FileDigest(len(content), hashlib.sha256(content).hexdigest())
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> FileDigest:
+    """Write CPU tensors of any shape to a new safetensors file and flush it.
+
+    Args:
+        path: must not exist.
+        tensors: in the order in which they are laid out; each is made contiguous on its own.
+        metadata: strings for the header's ``__metadata__``.
+
+    Returns:
+        The digest of what was handed to the system, to compare with what can be read back.
+
+    Raises:
+        OSError: the disk is full, the directory is read-only, ...
+    """
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("xb") as file:
+        for block in _safetensors_blocks(tensors, metadata):
+            file.write(block)
+            digest.update(block)
+            size += len(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileDigest(size, digest.hexdigest())
+
+
+def _safetensors_blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
+    """The bytes of a safetensors file, at most ``BLOCK_BYTES`` at a time."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        for start in range(0, len(data), BLOCK_BYTES):
+            yield data[start : start + BLOCK_BYTES]
+
+
+def digest_of(path: Path, *, from_disk: bool = False) -> FileDigest:
+    """Read a file and say what it is.
+
+    Args:
+        from_disk: ask the system to forget its cached copy first, so that what is read is what the disk gives. A hint:
+            file systems that keep no cache, or cannot drop it, ignore it.
+
+    Raises:
+        OSError: as from ``open`` and ``read``.
+    """
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("rb") as file:
+        if from_disk and sys.platform == "linux":
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+    return FileDigest(size, digest.hexdigest())
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes that this user may still write on the file system of ``directory`` (or of its nearest parent)."""
+    while not directory.exists():
+        directory = directory.parent
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
