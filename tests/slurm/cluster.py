@@ -1,8 +1,8 @@
 """A real Slurm cluster on one machine: slurmctld, munged and one slurmd per node.
 
-Every node has a mount, host name, process and network namespace of its own, so it has its own address, ports and process
-tree, and killing the first process of its namespace is what pulling its power cord is: everything on it is gone at
-once and no connection is closed. ``run.sh`` puts the controller in such namespaces too, and the nodes inside them.
+Every node has a mount, host name, process and network namespace of its own, so it has its own address, ports and
+process tree, and killing the first process of its namespace is what pulling its power cord is: everything on it is gone
+at once and no connection is closed. ``run.sh`` puts the controller in such namespaces too, and the nodes inside them.
 """
 
 import os

@@ -1,13 +1,13 @@
-"""One cluster for all Slurm tests. They run under ``tests/slurm/run.sh`` alone, which makes the namespaces they need."""
+"""One cluster for all Slurm tests, which run under ``tests/slurm/run.sh`` alone: it makes the namespaces they need."""
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import Cluster
+from tests.slurm.training import OPTIONS, SETTINGS
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = os.environ.get("MEGAQAD_SLURM_FOLDER")
@@ -27,3 +27,10 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def peaceful_job(cluster: Cluster) -> str:
+    """The training that nothing happens to; it runs beside the tests that need no processor."""
+    script = str(REPOSITORY / "launch" / "slurm.sbatch")
+    return cluster.submit(*OPTIONS, "--job-name=peaceful", script, "distill", *SETTINGS, "output_dir=peaceful")

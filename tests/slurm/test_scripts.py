@@ -45,7 +45,7 @@ class Jobs:
 
 
 @pytest.fixture(scope="module")
-def jobs(cluster: Cluster) -> Jobs:
+def jobs(cluster: Cluster, peaceful_job: str) -> Jobs:
     jobs = Jobs(cluster)
     jobs.submit("stops_when_told-time_limit", "--time=1", "--signal=B:USR1@45")
     jobs.submit("rank_dies")
