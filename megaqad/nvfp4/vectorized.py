@@ -20,7 +20,6 @@ the whole tensor, ``b`` that of one piece.
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -93,22 +92,67 @@ def _run(
     flat_values = None if values is None else values.view(-1, BLOCK_SIZE)
     flat_codes = None if codes is None else codes.view(-1, BLOCK_SIZE // 2)
 
-    pieces = list(_pieces(len(blocks), x.device))
-    scratch = _Scratch.for_blocks(len(blocks[pieces[0]]) if pieces else 0, x.device)
-    for piece in pieces:
-        s = scratch.narrow(len(scales[piece]))
-        y = s.y.copy_(blocks[piece]).div_(scales[piece])
-        if flat_codes is not None:
-            s.signs.copy_(y.add_(0.0))  # -0.0 + 0.0 is +0.0: minus zero encodes as code 0
-        _round_to_e2m1_(y, s)
-        if flat_codes is not None:
-            _pack(y, s, flat_codes[piece])
+    rounder = packer = None
+    for piece in _pieces(len(blocks), x.device):
+        part, scale = blocks[piece], scales[piece]
+        if rounder is None or len(rounder.y) != len(part):  # all pieces but the last are of one size
+            rounder = _Rounder(len(part), x.device)
+            packer = None if codes is None else _Packer(len(part), x.device)
+        y = rounder.y.copy_(part).div_(scale)
+        if packer is not None:
+            packer.keep_signs(y)
+        rounder.round_()
+        if packer is not None and flat_codes is not None:
+            packer.pack(y, out=flat_codes[piece])
         if flat_values is not None:
-            flat_values[piece] = y.mul_(scales[piece])
+            flat_values[piece] = y.mul_(scale)
 
     if codes is None:
         return values, None
     return values, NVFP4Tensor(codes, block_scales.view(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE), global_scale)
+
+
+class _Rounder:
+    """Rounds ``y`` float32 [b, 16], elements in units of their block's scale, to the values of E2M1, in place."""
+
+    def __init__(self, b: int, device: torch.device) -> None:
+        self.y = torch.empty(b, BLOCK_SIZE, device=device)
+        self._y_bits = self.y.view(torch.int32)
+        self._power = torch.empty_like(self.y)  # the power of two that sets the rounding step
+        self._power_bits = self._power.view(torch.int32)
+
+    def round_(self) -> None:
+        """Ties to even; beyond 6 saturates; zeros come out as +0.0."""
+        torch.bitwise_and(self._y_bits, _EXPONENT, out=self._power_bits)
+        self._power_bits.clamp_(_BITS_OF_1, _BITS_OF_4)
+        y = self.y.add_(self._power, alpha=_ROUNDER).sub_(self._power, alpha=_ROUNDER)
+        y.clamp_(-E2M1_MAX, E2M1_MAX)
+
+
+class _Packer:
+    """Encodes rounded elements float32 [b, 16] into bytes [b, 8], under the signs that they had before rounding.
+
+    Two elements share an int32, the even one in the low half (little-endian): magnitudes in bits 9-11 and 25-27, signs
+    in bits 15 and 31. The byte wants them in bits 0-2 and 4-6, and 3 and 7; what lies above is cut off by the cast.
+    """
+
+    def __init__(self, b: int, device: torch.device) -> None:
+        self._magnitudes = torch.empty(b, BLOCK_SIZE, dtype=torch.float16, device=device)
+        self._signs = torch.empty_like(self._magnitudes)
+
+    def keep_signs(self, y: Tensor) -> None:
+        """Note the signs of ``y``; its minus zeros become plain ones, since they encode as code 0."""
+        self._signs.copy_(y.add_(0.0))
+
+    def pack(self, y: Tensor, out: Tensor) -> None:
+        self._magnitudes.copy_(y * _TO_HALF_BITS)
+        magnitudes = self._magnitudes.view(torch.int32).bitwise_and_(_PAIR_MAGNITUDES)
+        signs = self._signs.view(torch.int32).bitwise_and_(_PAIR_SIGNS)
+        byte = magnitudes >> 9
+        byte |= magnitudes >> 21
+        byte |= signs >> 12
+        byte |= (signs >> 24) & 0x80
+        out.copy_(byte)
 
 
 def _scales(blocks: Tensor, amax: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,69 +175,6 @@ def _block_amax(blocks: Tensor) -> Tensor:
     for piece in _pieces(len(bits), bits.device):
         torch.amax(bits[piece] & without_sign, -1, out=out[piece])
     return out.view(blocks.dtype).to(torch.float32, copy=True)
-
-
-def _round_to_e2m1_(y: Tensor, s: "_Scratch") -> None:
-    """Round ``y`` [b, 16] to the values of E2M1 in place; zeros come out as +0.0."""
-    torch.bitwise_and(s.y_bits, _EXPONENT, out=s.power_bits)
-    s.power_bits.clamp_(_BITS_OF_1, _BITS_OF_4)
-    y.add_(s.power, alpha=_ROUNDER).sub_(s.power, alpha=_ROUNDER).clamp_(-E2M1_MAX, E2M1_MAX)
-
-
-def _pack(y: Tensor, s: "_Scratch", out: Tensor) -> None:
-    """Encode the E2M1 values ``y`` [b, 16] under the signs in ``s.signs`` into bytes ``out`` [b, 8].
-
-    Two elements share an int32, the even one in the low half (little-endian): magnitudes in bits 9-11 and 25-27, signs
-    in bits 15 and 31. The byte wants them in bits 0-2 and 4-6, and 3 and 7; what lies above is cut off by the cast.
-    """
-    s.half.copy_(torch.mul(y, _TO_HALF_BITS, out=s.power))
-    magnitudes = s.half_pairs.bitwise_and_(_PAIR_MAGNITUDES)
-    signs = s.sign_pairs.bitwise_and_(_PAIR_SIGNS)
-    byte = magnitudes >> 9
-    byte |= magnitudes >> 21
-    byte |= signs >> 12
-    byte |= (signs >> 24) & 0x80
-    out.copy_(byte)
-
-
-@dataclass(frozen=True, slots=True)
-class _Scratch:
-    """Buffers for one piece, with integer views of the same memory."""
-
-    y: Tensor  # float32 [b, 16]: the elements in units of their scale
-    y_bits: Tensor  # int32 [b, 16], the same memory
-    power: Tensor  # float32 [b, 16]: the power of two that sets the rounding step
-    power_bits: Tensor  # int32 [b, 16], the same memory
-    half: Tensor  # float16 [b, 16]
-    half_pairs: Tensor  # int32 [b, 8], the same memory
-    signs: Tensor  # float16 [b, 16]: elements whose sign bit alone matters
-    sign_pairs: Tensor  # int32 [b, 8], the same memory
-
-    @classmethod
-    def for_blocks(cls, b: int, device: torch.device) -> "_Scratch":
-        def floats() -> Tensor:
-            return torch.empty(b, BLOCK_SIZE, device=device)
-
-        def halves() -> Tensor:
-            return torch.empty(b, BLOCK_SIZE, dtype=torch.float16, device=device)
-
-        y, power, half, signs = floats(), floats(), halves(), halves()
-        i32 = torch.int32
-        return cls(y, y.view(i32), power, power.view(i32), half, half.view(i32), signs, signs.view(i32))
-
-    def narrow(self, b: int) -> "_Scratch":
-        if b == len(self.y):
-            return self
-        return _Scratch(
-            self.y[:b],
-            self.y_bits[:b],
-            self.power[:b],
-            self.power_bits[:b],
-            self.half[:b],
-            self.half_pairs[:b],
-            self.signs[:b],
-            self.sign_pairs[:b],
-        )
 
 
 def _pieces(blocks: int, device: torch.device) -> Iterator[slice]:
