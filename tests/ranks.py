@@ -6,6 +6,7 @@ and returns their results in rank order. A failing rank fails the call with that
 replaced, because its peers may still hang in a collective.
 """
 
+import atexit
 import multiprocessing as mp
 import os
 import tempfile
@@ -99,6 +100,7 @@ class RankPool:
 
 
 _POOL = RankPool()
+atexit.register(_POOL.close)  # before multiprocessing's own exit handler, which would wait for the workers
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
