@@ -59,7 +59,7 @@ torchrun=$!
 
 # The first signal goes past torchrun to the ranks themselves, the children of the shells it started.
 stopping=
-# shellcheck disable=SC2317
+# shellcheck disable=SC2317,SC2329
 stop() {
   if [[ -n $stopping ]]; then
     echo "torchrun.sh: second signal, ending at once" >&2
