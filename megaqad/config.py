@@ -26,6 +26,7 @@ from megaqad.models.checks import check_checkpoint, check_layout, check_sequence
 from megaqad.models.description import ModelDescription, describe_model
 from megaqad.quantization.recipe import recipe_for
 from megaqad.quantization.settings import QuantizationSettings
+from megaqad.runtime.duration import seconds_of
 from megaqad.runtime.sizes import ParallelSizes
 
 BUNDLED_TEACHER = Path(__file__).parent / "assets" / "teacher"
@@ -96,6 +97,14 @@ class TrainSettings:
     """Adam's second moment."""
     recompute: bool = False
     """Recompute each layer's activations in the backward pass instead of keeping them."""
+    stop_after: str | None = None
+    """Time since the command began, like ``3h50m``, after which training saves at its next step and ends with exit
+    code 3, as after SIGTERM or SIGUSR1. The same command goes on."""
+    max_bad_steps: int = 10
+    """Steps in a row with a loss or gradient that is not finite, each skipped, after which training gives up."""
+    spike_factor: float = 0.0
+    """A loss above this many times the median of the last 20 goes back to the newest checkpoint and leaves out the
+    training sequences since; 0 never does."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,19 @@ class CheckpointSettings:
     every: int = 100
     """Steps between checkpoints; the last step always writes one."""
     keep: int = 2
-    """Newest checkpoints kept; older ones are removed."""
+    """Newest checkpoints kept; older ones are removed. With 1, a damaged one leaves nothing to go back to."""
+    keep_best: int = 1
+    """Checkpoints kept beside them for the smallest validation KL, of those at whose step it was measured
+    (``evaluation.every``)."""
+
+
+@dataclass(frozen=True)
+class ResumeSettings:
+    """Settings under ``resume.``."""
+
+    allow: list[str] = field(default_factory=list)
+    """What may differ from the run that is gone on with: settings (``train.lr``), groups (``data``), ``model``,
+    ``tokenizer``, ``seed``. Anything else that differs is refused."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +164,8 @@ class RuntimeSettings:
 
     dtype: str = "bfloat16"
     """Of parameters, activations and GEMMs. ``float32`` is for exact comparisons; exports are BF16/NVFP4 either way."""
+    hang_timeout: str = "20m"
+    """Without progress for this long in training or evaluation, every rank prints its stacks and the run ends."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +204,7 @@ class Settings:
     train: TrainSettings = field(default_factory=TrainSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    resume: ResumeSettings = field(default_factory=ResumeSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
@@ -327,6 +351,7 @@ def _check_values(settings: Settings) -> None:
         "train.sequence_length": train.sequence_length,
         "checkpoint.every": settings.checkpoint.every,
         "checkpoint.keep": settings.checkpoint.keep,
+        "train.max_bad_steps": train.max_bad_steps,
         "evaluation.max_tokens": settings.evaluation.max_tokens,
     }
     for name, count in at_least_one.items():
@@ -336,8 +361,20 @@ def _check_values(settings: Settings) -> None:
         raise UserError(f"train.min_lr={train.min_lr} must lie between 0 and train.lr={train.lr}")
     if not 0 <= train.warmup_steps < train.steps:
         raise UserError(f"train.warmup_steps={train.warmup_steps} must lie between 0 and train.steps={train.steps} - 1")
+    _check_resilience(settings)
     if settings.distill.temperature <= 0:
         raise UserError(f"distill.temperature={settings.distill.temperature} must be above 0")
+
+
+def _check_resilience(settings: Settings) -> None:
+    """Settings of checkpoints, stops and faults."""
+    if settings.checkpoint.keep_best < 0:
+        raise UserError(f"checkpoint.keep_best={settings.checkpoint.keep_best} is negative: use 0 to keep none for it")
+    if settings.train.spike_factor != 0 and settings.train.spike_factor <= 1:
+        raise UserError(f"train.spike_factor={settings.train.spike_factor} must be 0 (never) or above 1, like 3")
+    if settings.train.stop_after is not None:
+        seconds_of(settings.train.stop_after, "train.stop_after")
+    seconds_of(settings.runtime.hang_timeout, "runtime.hang_timeout")
 
 
 def _check_world(settings: Settings) -> None:

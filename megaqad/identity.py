@@ -1,33 +1,48 @@
 """Whose directory an ``output_dir`` is: ``run.json``, written when a run begins, compared when one goes on.
 
-A directory belongs to one model, recipe, data and seed; training adds its own settings. A command that would write
-into another run's directory is refused before it does any work. How the run is divided among ranks, how often it
-logs and what it evaluates are not part of its identity.
+A directory belongs to one model, tokenizer, recipe, data and seed; training adds its own settings. A command that would
+write into another run's directory is refused before it does any work, and the difference is named; ``resume.allow``
+lists differences that are meant. How the run is divided among ranks, how often it logs and saves, when it stops and
+what it evaluates are not part of its identity.
+
+The same facts, with a digest of the training tokens themselves, stand in every checkpoint.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megaqad.config import Settings
+from megaqad.data.tokens import tokenizer_fingerprint
 from megaqad.errors import UserError
+from megaqad.runtime.files import write_text_whole
+from megaqad.runtime.lock import DirectoryLock
 
 FILE = "run.json"
-NOT_IDENTITY_IN_TRAIN = ("micro_batch_size", "recompute")
+NOT_IDENTITY_IN_TRAIN = ("micro_batch_size", "recompute", "stop_after", "max_bad_steps")
+TRAINING_COMMANDS = ("distill", "recover", "demo", "pretrain")
+CONTENT_KEYS = {"model": "model", "tokenizer": "tokenizer", "data.tokens": "training data"}
+"""Facts that are digests: what differs is said in words."""
+WHOLE_FILE_BYTES = 64 * 1024 * 1024
+"""Weight files up to this size are read whole for the fingerprint."""
+SAMPLES, SAMPLE_BYTES = 128, 64 * 1024
+"""Of larger files: blocks evenly spread, which every training step changes, and the header."""
 
 
 def identity_of(command: str, settings: Settings) -> dict[str, Any]:
     """What may not change between commands in one directory, flat, by setting."""
     parts: dict[str, Any] = {
-        "model": _model_fingerprint(settings.model_dir),
+        "model": model_fingerprint(settings.model_dir),
+        "tokenizer": _tokenizer(settings.model_dir),
         "data": asdict(settings.data),
         "quantization": asdict(settings.quantization),
         "seed": settings.seed,
         "runtime.dtype": settings.runtime.dtype,
     }
-    if command in ("distill", "recover", "demo", "pretrain"):
+    if command in TRAINING_COMMANDS:
         train = {key: value for key, value in asdict(settings.train).items() if key not in NOT_IDENTITY_IN_TRAIN}
         parts |= {"train": train, "distill": asdict(settings.distill), "kind": _kind(command)}
     flat: dict[str, Any] = {}
@@ -43,12 +58,64 @@ def _kind(command: str) -> str:
     return "pretraining" if command == "pretrain" else "distillation"
 
 
-def _model_fingerprint(model_dir: Path) -> str:
-    """sha256 of config.json and of the names and sizes of the weight files: cheap, and different for another model."""
+def _tokenizer(model_dir: Path) -> str:
+    try:
+        return tokenizer_fingerprint(model_dir)
+    except UserError:
+        return "none"  # random tokens need none; where text needs one, its absence is said there
+
+
+def model_fingerprint(model_dir: Path) -> str:
+    """sha256 of config.json and of the weights: all of a small file, header and spread samples of a large one.
+
+    70B of weights are fingerprinted from about 250 MB of reading. Another model of the same shape differs in nearly
+    every weight, so the samples tell it apart; a few changed bytes in a large file may go unseen.
+    """
     digest = hashlib.sha256((model_dir / "config.json").read_bytes())
     for path in sorted(model_dir.glob("*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            if size <= WHOLE_FILE_BYTES:
+                digest.update(file.read())
+                continue
+            header_bytes = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(header_bytes, WHOLE_FILE_BYTES)))
+            for sample in range(SAMPLES):
+                file.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def check_same_run(recorded: Mapping[str, Any], wanted: Mapping[str, Any], allow: Sequence[str], where: str) -> None:
+    """Refuse to go on with a run that is another one.
+
+    Args:
+        recorded: of the run that was started; what it does not know is not compared.
+        wanted: of the command that would go on.
+        allow: ``resume.allow``: keys, or the part before the first dot.
+        where: for the message.
+
+    Raises:
+        UserError: ``allow`` names nothing that could differ; or the first difference that it does not list.
+    """
+    groups = {key.split(".")[0] for key in wanted}
+    unknown = [name for name in allow if name not in wanted and name not in groups]
+    if unknown:
+        known = ", ".join(sorted(groups))
+        raise UserError(f"resume.allow names {unknown[0]}, which is no part of a run: it knows {known}")
+    for key, value in wanted.items():
+        if key not in recorded or recorded[key] == value or key in allow or key.split(".")[0] in allow:
+            continue
+        difference = (
+            f"another {CONTENT_KEYS[key]} (its content differs)"
+            if key in CONTENT_KEYS
+            else f"{key}={recorded[key]}, this one has {value}"
+        )
+        raise UserError(
+            f"{where} belongs to a run with {difference}: give another output_dir, the same settings to go on with "
+            f"that run, or resume.allow=[{key}] if the change is meant"
+        )
 
 
 def check_output_dir(command: str, settings: Settings) -> None:
@@ -61,27 +128,33 @@ def check_output_dir(command: str, settings: Settings) -> None:
     run_dir = settings.run_dir
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"output_dir={run_dir} is a file: give a directory")
-    if not run_dir.is_dir() or not any(run_dir.iterdir()):
+    if not run_dir.is_dir() or not any(not path.name.startswith(".") for path in run_dir.iterdir()):
         return
     recorded = _read(run_dir)
     if recorded is None:
         raise UserError(f"output_dir={run_dir} is not empty and holds no {FILE}: give a new or empty directory")
-    for key, value in identity_of(command, settings).items():
-        if key in recorded and recorded[key] != value:
-            raise UserError(
-                f"output_dir={run_dir} belongs to a run with {key}={recorded[key]}, this one has {value}: give another "
-                "output_dir, or the same settings to go on with that run"
-            )
+    check_same_run(recorded, identity_of(command, settings), settings.resume.allow, f"output_dir={run_dir}")
 
 
-def claim_output_dir(command: str, settings: Settings) -> None:
-    """Record this run in its directory; call on the main rank after ``check_output_dir``."""
+def claim_output_dir(command: str, settings: Settings) -> DirectoryLock:
+    """Take the directory for this run and record it there; call on the main rank, before anything is written.
+
+    Returns:
+        The lock, held until it is released or the process ends.
+
+    Raises:
+        UserError: as ``check_output_dir``; another run is at work there; it cannot be written.
+    """
     run_dir = settings.run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
-    record = (_read(run_dir) or {}) | identity_of(command, settings)
-    temporary = run_dir / f".{FILE}.writing"
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    temporary.rename(run_dir / FILE)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = DirectoryLock(run_dir, command)
+        check_output_dir(command, settings)
+        record = (_read(run_dir) or {}) | identity_of(command, settings)
+        write_text_whole(run_dir / FILE, json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"output_dir={run_dir} cannot be written ({error.strerror}): give another") from error
+    return lock
 
 
 def _read(run_dir: Path) -> dict[str, Any] | None:

@@ -6,17 +6,18 @@ holds its held-out cross entropy.
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 
 from megaqad.commands.session import Session
+from megaqad.commands.students import fingerprint
 from megaqad.config import Settings
 from megaqad.distillation.step import DistillationStep, Objective
 from megaqad.evaluation import Evaluator
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.hf_writer import save_pretrained
-from megaqad.training.logs import MetricsLog
-from megaqad.training.loop import Loop
 from megaqad.training.optimizer import build_optimizer, wrap_for_training
+from megaqad.training.run import TrainingRun
 
 
 def pretrain(settings: Settings) -> None:
@@ -25,7 +26,6 @@ def pretrain(settings: Settings) -> None:
     model = session.random_model()
     student = wrap_for_training(model)
     optimizer, scheduler = build_optimizer(student, settings.train, session.dtype)
-    log = MetricsLog(settings.run_dir, settings, is_main=session.context.is_main)
 
     def evaluator(max_tokens: int) -> Evaluator:
         return Evaluator(
@@ -36,21 +36,23 @@ def pretrain(settings: Settings) -> None:
             micro_batch_size=settings.train.micro_batch_size,
         )
 
-    Loop(
-        step=DistillationStep(student, optimizer, scheduler, session.context, objective=Objective.QAT),
-        data=session.data.train,
-        settings=settings.train,
-        log=log,
+    def validate(advance: Callable[[], None]) -> dict[str, float]:
+        numbers = evaluator(settings.evaluation.training_tokens).evaluate(model, advance)
+        return {"cross_entropy": numbers.cross_entropy}
+
+    TrainingRun(
+        run_dir=settings.run_dir,
+        settings=settings,
+        context=session.context,
         terminal=session.terminal,
         title="pretrain",
-        save=lambda _step, _samples: _save(session, model),
-        save_every=settings.checkpoint.every,
-        validate=lambda: {
-            "cross_entropy": evaluator(settings.evaluation.training_tokens).evaluate(model).cross_entropy
-        },
-        validate_every=settings.evaluation.every,
+        model=model,
+        step=DistillationStep(student, optimizer, scheduler, session.context, objective=Objective.QAT),
+        data=session.data.train,
+        fingerprint=fingerprint(session, command="pretrain"),
+        validate=validate,
     ).run()
-    log.close()
+    _save(session, model)
     held_out = evaluator(settings.evaluation.max_tokens).evaluate(model)
     if session.context.is_main:
         summary = {"held_out_cross_entropy": held_out.cross_entropy, "held_out_tokens": held_out.tokens}

@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megaqad.config import Settings
 from megaqad.data import Datasets, build_datasets, prepare_tokens
@@ -21,10 +20,16 @@ from megaqad.models.hf_reader import load_weights
 from megaqad.quantization.layers import QuantizerMode
 from megaqad.quantization.recipe import Recipe, recipe_for
 from megaqad.quantization.state import calibrate, linear_for, refresh_weights, set_mode
+from megaqad.runtime.agree import together
+from megaqad.runtime.duration import seconds_of
+from megaqad.runtime.lock import DirectoryLock
 from megaqad.runtime.parallel import ParallelContext, initialize_parallel, join_ranks
+from megaqad.runtime.watchdog import Watchdog, enable_flight_recorder
 from megaqad.training.checkpoint import latest_checkpoint, load_checkpoint
 from megaqad.training.logs import Terminal
 
+LEAST_COLLECTIVE_TIMEOUT_MINUTES = 30.0
+"""Before a process group gives up by itself; longer than ``runtime.hang_timeout``, which says more."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -36,6 +41,8 @@ class Session:
     description: ModelDescription
     context: ParallelContext
     terminal: Terminal
+    lock: DirectoryLock | None = None
+    """On ``output_dir``, while the session lives; on the main rank of a command that writes there."""
 
     @classmethod
     def start(cls, settings: Settings, *, command: str | None = None) -> "Session":
@@ -44,15 +51,19 @@ class Session:
         Args:
             command: what writes a run: its data are read first, then ``output_dir`` is claimed. None only reads a run.
         """
-        join_ranks()
+        patience = seconds_of(settings.runtime.hang_timeout, "runtime.hang_timeout")
+        enable_flight_recorder()
+        join_ranks(timeout_minutes=max(LEAST_COLLECTIVE_TIMEOUT_MINUTES, 1.5 * patience / 60))
         context = initialize_parallel(settings.sizes, seed=settings.seed)
         description = describe_model(settings.model_dir)
-        session = cls(settings, description, context, Terminal(is_main=context.is_main))
+        terminal = Terminal(is_main=context.is_main, watchdog=Watchdog(patience, context.rank))
+        session = cls(settings, description, context, terminal)
         if command is not None:
-            session.terminal.say(f"data: {session.data_facts}")
-            if context.is_main:
-                claim_output_dir(command, settings)
-            dist.barrier()
+            terminal.say(f"data: {session.data_facts}")
+            with together():
+                session.lock = claim_output_dir(command, settings) if context.is_main else None
+            if session.lock is not None and not session.lock.supported:
+                terminal.say(f"{settings.run_dir} is on a file system without locks: let no second run use it")
         return session
 
     @property
@@ -67,9 +78,9 @@ class Session:
     def data(self) -> Datasets:
         """Tokenized by the first rank of each machine while the others wait, then mapped by all."""
         settings = self.settings
-        if self.context.is_main:
-            prepare_tokens(settings.data, model_dir=settings.model_dir)
-        dist.barrier()
+        with together():
+            if self.context.is_main:
+                prepare_tokens(settings.data, model_dir=settings.model_dir)
         return build_datasets(
             settings.data,
             model_dir=settings.model_dir,

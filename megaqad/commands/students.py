@@ -1,8 +1,10 @@
 """The stages that several commands run: post-training quantization, training, saving and loading a student."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from megaqad.commands.session import Session
 from megaqad.config import Settings
@@ -12,25 +14,19 @@ from megaqad.identity import identity_of
 from megaqad.models.causal_lm import CausalLM
 from megaqad.quantization.layers import QuantizerMode
 from megaqad.quantization.state import refresh_weights, round_to_export_dtype, set_mode
-from megaqad.training.checkpoint import (
-    CheckpointState,
-    latest_checkpoint,
-    load_checkpoint,
-    mark_latest,
-    save_checkpoint,
-    step_directory,
-)
-from megaqad.training.logs import MetricsLog
-from megaqad.training.loop import Loop
+from megaqad.runtime.agree import on_main
+from megaqad.runtime.files import write_text_whole
+from megaqad.training.checkpoint import STATE_FILE, CheckpointState, damage, layout_of, read_state
 from megaqad.training.optimizer import build_optimizer, wrap_for_training
+from megaqad.training.position import Position
+from megaqad.training.run import TrainingRun
+from megaqad.training.saver import CheckpointSaver, remove_leftovers
 
 
 def write_json(path: Path, content: object, session: Session) -> None:
     """Main rank: write a JSON file whole or not at all."""
     if session.context.is_main:
-        temporary = path.with_name(f".{path.name}.writing")
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        temporary.rename(path)
+        write_text_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def measure(session: Session, title: str, evaluator: Evaluator, student: list[CausalLM]) -> Evaluation:
@@ -42,19 +38,36 @@ def measure(session: Session, title: str, evaluator: Evaluator, student: list[Ca
 def ptq_student(session: Session) -> list[CausalLM]:
     """The calibrated student: from ``ptq/`` when this run has calibrated already, else calibrated and saved there."""
     directory = session.settings.run_dir / "ptq"
-    if (directory / "state.json").is_file():
-        return session.student_from(directory)
+    facts = fingerprint(session)
+    if on_main(lambda: _is_calibration_of(directory, facts)):
+        problem = damage(directory, session.context, with_training=False)
+        if problem is None:
+            return session.student_from(directory)
+        session.terminal.say(f"ptq is damaged and made again: {problem}")
     session.terminal.say(f"calibrating on {session.settings.quantization.calibration_samples} training sequences")
     student = session.calibrated_student()
-    state = CheckpointState(step=0, consumed_samples=0, fingerprint=fingerprint(session), scheduler={})
-    save_checkpoint(directory, student, session.context, state)
+    on_main(lambda: remove_leftovers(session.settings.run_dir))
+    saver = CheckpointSaver(session.context)
+    saver.start(directory, student, CheckpointState(Position(), facts, layout_of(session.context)))
+    saver.finish()
     return student
 
 
-def fingerprint(session: Session) -> dict[str, str]:
-    """What a checkpoint must agree with to be continued."""
-    identity = identity_of("distill", session.settings)
-    return {key: str(value) for key, value in identity.items()} | {"data.tokens": session.data.train.fingerprint()}
+def _is_calibration_of(directory: Path, facts: dict[str, Any]) -> bool:
+    """Whether ``ptq/`` is there and was calibrated for this model, recipe and data."""
+    if not (directory / STATE_FILE).is_file():
+        return False
+    recorded = read_state(directory).fingerprint
+    return all(recorded.get(key) == value for key, value in facts.items() if not key.startswith(("train.", "distill.")))
+
+
+def fingerprint(session: Session, command: str = "distill") -> dict[str, Any]:
+    """What a checkpoint must agree with to be gone on with, the training tokens themselves included.
+
+    Collective: one broadcast, because hashing the tokens is work for one rank.
+    """
+    tokens = on_main(session.data.train.fingerprint)
+    return {**identity_of(command, session.settings), "data.tokens": tokens}
 
 
 def train_student(session: Session, run_dir: Path, objective: Objective) -> list[CausalLM]:
@@ -63,35 +76,22 @@ def train_student(session: Session, run_dir: Path, objective: Objective) -> list
     Its weights are rounded to the export dtype, so that what is evaluated is what is shipped.
     """
     settings = session.settings
-    newest = latest_checkpoint(run_dir)
     student = ptq_student(session)
     wrapped = wrap_for_training(student)
     optimizer, scheduler = build_optimizer(wrapped, settings.train, session.dtype)
-    first_step = consumed = 0
-    if newest is not None:
-        state = load_checkpoint(newest, student, session.context, optimizer, scheduler)
-        first_step, consumed = state.step, state.consumed_samples
-        session.terminal.say(f"going on from {newest}, step {first_step}")
-        refresh_weights(student, session.context)
     evaluator = session.evaluator(settings.evaluation.training_tokens)
 
-    def validate() -> dict[str, float]:
-        numbers = evaluator.evaluate(student)
+    def validate(advance: Callable[[], None]) -> dict[str, float]:
+        numbers = evaluator.evaluate(student, advance)
         return {"kl_to_teacher": numbers.kl_to_teacher, "cross_entropy": numbers.cross_entropy}
 
-    def save(step: int, consumed_samples: int) -> None:
-        directory = step_directory(run_dir, step)
-        state = CheckpointState(
-            step=step,
-            consumed_samples=consumed_samples,
-            fingerprint=fingerprint(session),
-            scheduler=scheduler.state_dict(),
-        )
-        save_checkpoint(directory, student, session.context, state, optimizer)
-        mark_latest(run_dir, directory, settings.checkpoint.keep, session.context)
-
-    log = MetricsLog(run_dir, settings, is_main=session.context.is_main, keep_steps=first_step)
-    Loop(
+    TrainingRun(
+        run_dir=run_dir,
+        settings=settings,
+        context=session.context,
+        terminal=session.terminal,
+        title=objective.value.upper(),
+        model=student,
         step=DistillationStep(
             wrapped,
             optimizer,
@@ -102,16 +102,9 @@ def train_student(session: Session, run_dir: Path, objective: Objective) -> list
             temperature=settings.distill.temperature,
         ),
         data=session.data.train,
-        settings=settings.train,
-        log=log,
-        terminal=session.terminal,
-        title=objective.value.upper(),
-        save=save,
-        save_every=settings.checkpoint.every,
+        fingerprint=fingerprint(session) | {"distill.objective": objective.value},
         validate=validate,
-        validate_every=settings.evaluation.every,
-    ).run(first_step, consumed)
-    log.close()
+    ).run()
     return ready_to_ship(session, student)
 
 

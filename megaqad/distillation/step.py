@@ -22,6 +22,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megaqad.distillation.finite import Fault, FiniteWatch
 from megaqad.distillation.forward import flatten_tokens, forward_hidden
 from megaqad.losses import linear_cross_entropy, linear_kl
 from megaqad.models.causal_lm import CausalLM
@@ -56,8 +57,8 @@ class StepResult:
     grad_norm: float
     """L2 norm of the whole model's gradient before clipping."""
     lr: float
-    updated: bool
-    """False when the optimizer refused the step."""
+    fault: Fault | None = None
+    """What was not finite; weights and moments are then as they were before the step."""
 
 
 class DistillationStep:
@@ -88,23 +89,31 @@ class DistillationStep:
         self.objective = objective
         self.teacher = list(teacher) if teacher is not None else []
         self.temperature = temperature
+        self.watch = FiniteWatch(self.student, context)
 
     def __call__(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """Train on one global batch, of which ``micro_batches`` is this data-parallel rank's share.
 
-        Collectives: the schedules', the gradient reduction, and one sum of two numbers over data-parallel ranks,
-        broadcast from the last stage.
+        A step whose loss or gradient is not finite leaves weights and moments alone; the schedule moves on with the
+        data either way.
+
+        Collectives: the schedules', the gradient reduction, one sum of two numbers over data-parallel ranks, broadcast
+        from the last stage, and those of ``FiniteWatch.fault``.
         """
         prepared = self._with_teacher(micro_batches)
         for chunk in self.student:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss, tokens = self._reduce(self._forward_backward(prepared))
-        updated, grad_norm, _ = self.optimizer.step()
+        self.watch.begin()
+        per_micro_batch = self._forward_backward(prepared)
+        loss, tokens = self._reduce(per_micro_batch)
+        fault = self.watch.fault([entry["loss"][0] for entry in per_micro_batch])
+        grad_norm = None if fault is not None else self.optimizer.step()[1]
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.scheduler.step(increment=1)
-        refresh_weights(self.student, self.context)
-        return StepResult(loss=loss, tokens=tokens, grad_norm=float(grad_norm or 0.0), lr=lr, updated=updated)
+        if fault is None:
+            refresh_weights(self.student, self.context)
+        return StepResult(loss=loss, tokens=tokens, grad_norm=float(grad_norm or 0.0), lr=lr, fault=fault)
 
     def _with_teacher(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Run the teacher pass and attach its hidden states where the loss is computed."""

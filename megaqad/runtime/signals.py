@@ -29,7 +29,7 @@ ONE_REQUEST_SECONDS = 1.0
 class _Request:
     """What this process has been asked; one per process, as signals are."""
 
-    name: str | None = None
+    number: int = 0
     since: float = 0.0
     deferred: bool = False
     raised: bool = False
@@ -39,12 +39,12 @@ class _Request:
         """Record a signal; seconds since the first one."""
         with self.lock:
             now = time.monotonic()
-            if self.name is None:
-                self.name, self.since = signal.Signals(number).name, now
+            if not self.number:
+                self.number, self.since = number, now
             return now - self.since
 
     def raise_once(self) -> None:
-        if self.name is not None and not self.deferred and not self.raised:
+        if self.number and not self.deferred and not self.raised:
             self.raised = True
             raise StoppedEarly(stop_reason())
 
@@ -75,19 +75,24 @@ def _watch(read_end: int) -> None:
             os._exit(128 + number)
 
 
-def stop_requested() -> str | None:
-    """The signal by which this process has been asked to stop, None when it has not."""
-    return _request.name
+def stop_number() -> int:
+    """The signal by which this process has been asked to stop, 0 when it has not."""
+    return _request.number
+
+
+def name_of(number: int) -> str:
+    """``SIGTERM`` for 15."""
+    return signal.Signals(number).name
 
 
 def stop_reason() -> str:
     """The line to end with when a stop request found nothing to save."""
-    return f"stopped by {_request.name}: run the same command to go on"
+    return f"stopped by {name_of(_request.number)}: run the same command to go on"
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Only note stop requests inside the block, which looks at ``stop_requested`` itself; raise them at its end.
+    """Only note stop requests inside the block, which looks at ``stop_number`` itself; raise them at its end.
 
     Raises:
         StoppedEarly: a request came that the block did not serve.

@@ -1,45 +1,71 @@
-"""Checkpoints through Megatron-Core's ``dist_checkpointing``: every rank writes its shards, any layout reads them.
+"""Checkpoints: everything a run needs to go on with the very numbers it would have produced.
 
-One checkpoint is one directory, written under a temporary name, synced, and renamed when it is whole::
+One checkpoint is one directory, written under a hidden name and renamed when it is whole::
 
     checkpoints/step_00000100/
-        weights/       model shards, input scales of the quantizers; with training, FP32 main parameters and moments
-        state.json     step, samples consumed, learning-rate schedule, what the model and the recipe were
+        manifest.json      size and sha256 of every other file; written last
+        state.json         position in schedule and data, fingerprints, settings, layout
+        weights/rank_*     model pieces of each rank that writes: parameters, input scales of the quantizers
+        training/rank_*    optimizer pieces and random number generators
 
-``latest`` names the newest. A key that is missing, extra or of another shape is an error.
+``latest`` names the newest. Weights and training state are separate files because evaluation and export want only the
+first. A key that is missing, extra or of another shape is an error, never a warning. ``pieces.py`` says what is saved,
+``store.py`` how, ``saver.py`` when.
 """
 
 import json
-import os
-import shutil
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megaqad.errors import UserError
 from megaqad.models.causal_lm import CausalLM
+from megaqad.runtime.agree import device_of_group, raise_together, together
 from megaqad.runtime.parallel import ParallelContext
+from megaqad.training.manifest import DamagedCheckpoint, check_file, read_manifest
+from megaqad.training.pieces import (
+    Box,
+    LocalPiece,
+    Piece,
+    allocate_state,
+    model_pieces,
+    optimizer_pieces,
+    set_updates_done,
+)
+from megaqad.training.position import Position
+from megaqad.training.rng import rng_state, set_rng_state
+from megaqad.training.store import PieceReader
+
+STATE_FILE = "state.json"
+WEIGHTS = "weights"
+TRAINING = "training"
+RNG = "rng"
+STEP_DIRECTORY = re.compile(r"step_\d{8,}")
 
 
 @dataclass(frozen=True)
 class CheckpointState:
     """What a checkpoint knows beside its tensors."""
 
-    step: int
-    """Optimizer steps done."""
-    consumed_samples: int
-    """Training sequences used so far: the position in the data."""
+    position: Position
+    """Where the run is."""
     fingerprint: dict[str, str]
-    """Model, recipe, data and seed the run was started with."""
-    scheduler: dict[str, Any]
-    """Learning-rate schedule."""
+    """Model, tokenizer, data, recipe, schedule and seed that the run was started with."""
+    layout: dict[str, Any] = field(default_factory=dict)
+    """Sizes of the parallel axes and the number of ranks: random generators go on only where they are the same."""
+    updates: int = 0
+    """Steps that the optimizer has really taken."""
+    validation_kl: float | None = None
+    """Held-out KL to the teacher, where it was measured at this step."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the command that wrote it, for people to read."""
 
 
 def step_directory(run_dir: Path, step: int) -> Path:
@@ -47,14 +73,24 @@ def step_directory(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
+def finished_checkpoints(run_dir: Path) -> list[Path]:
+    """Directories of a run that were renamed to their final name, the newest step last."""
+    folder = run_dir / "checkpoints"
+    found = [path for path in folder.glob("step_*") if path.is_dir() and STEP_DIRECTORY.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, None before the first."""
+    """The checkpoint that ``latest`` names, None before the first."""
     pointer = run_dir / "checkpoints" / "latest"
     if not pointer.is_file():
         return None
-    directory = run_dir / "checkpoints" / pointer.read_text(encoding="utf-8").strip()
-    if not (directory / "state.json").is_file():
-        raise UserError(f"{pointer} names {directory.name}, which is incomplete: point it at another step_* directory")
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    if not STEP_DIRECTORY.fullmatch(name):
+        raise UserError(f"{pointer} names {name!r}, which is no checkpoint: write the name of a step_* directory in it")
+    directory = run_dir / "checkpoints" / name
+    if not (directory / STATE_FILE).is_file():
+        raise UserError(f"{pointer} names {name}, which is incomplete: write the name of another checkpoint in it")
     return directory
 
 
@@ -64,66 +100,57 @@ def read_state(directory: Path) -> CheckpointState:
     Raises:
         UserError: the directory is no checkpoint.
     """
-    path = directory / "state.json"
+    path = directory / STATE_FILE
     try:
-        return CheckpointState(**json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return CheckpointState(**{**content, "position": Position.from_json(content["position"])})
     except FileNotFoundError:
-        raise UserError(f"{directory} is no checkpoint: it has no state.json") from None
-    except (json.JSONDecodeError, TypeError) as error:
+        raise UserError(f"{directory} is no checkpoint: it has no {STATE_FILE}") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}): use another checkpoint") from error
 
 
-def _sharded_state(
-    chunks: Sequence[CausalLM], context: ParallelContext, optimizer: MegatronOptimizer | None, *, loading: bool
-) -> dict[str, Any]:
-    """The sharded tensors of this rank; layers are keyed by their global index, so any layout can read them."""
-    metadata = {
-        "dp_cp_group": context.groups.dp_cp,
-        "non_homogeneous_layers": True,
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": True,
-    }
-    state: dict[str, Any] = {
-        f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)
-    }
-    if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
-    return state
+def state_text(state: CheckpointState) -> str:
+    """What ``read_state`` reads."""
+    return json.dumps(asdict(state), indent=2, allow_nan=False) + "\n"
 
 
-def save_checkpoint(
-    directory: Path,
-    chunks: Sequence[CausalLM],
-    context: ParallelContext,
-    state: CheckpointState,
-    optimizer: MegatronOptimizer | None = None,
-) -> None:
-    """Write a whole checkpoint or none.
+def layout_of(context: ParallelContext) -> dict[str, Any]:
+    """The layout as a checkpoint records it."""
+    return {**asdict(context.sizes), "ranks": context.world_size}
 
-    Args:
-        directory: its final name; must not exist.
-        chunks: this rank's model, bare (not in DDP).
-        optimizer: with its state too, to go on training from it.
 
-    Collectives: those of ``dist_checkpointing.save`` and two barriers over all ranks.
+def local_rng_pieces(context: ParallelContext) -> list[LocalPiece]:
+    """This rank's random generators, as pieces that belong to nobody else."""
+    return [
+        LocalPiece(
+            Piece(f"{RNG}.{context.rank}.{name}", tuple(state.shape), Box((0,), tuple(state.shape)), 0, state.numel()),
+            state,
+            owned=True,
+            padded=False,
+        )
+        for name, state in rng_state().items()
+    ]
+
+
+def damage(directory: Path, context: ParallelContext, *, with_training: bool) -> str | None:
+    """What is wrong with a checkpoint, None when every byte is as it was written; the same on every rank.
+
+    Each rank reads its share of the files. Collective: those of ``raise_together``.
     """
-    temporary = directory.with_name(f".{directory.name}.writing")
-    if context.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "weights").mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(
-        _sharded_state(chunks, context, optimizer, loading=False),
-        str(temporary / "weights"),
-        validate_access_integrity=True,
-    )
-    dist.barrier()
-    if context.is_main:
-        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
-        _sync_tree(temporary)
-        temporary.rename(directory)
-        _sync(directory.parent)
-    dist.barrier()
+    problem = None
+    try:
+        files = sorted(read_manifest(directory).items())
+        wanted = [(name, digest) for name, digest in files if with_training or not name.startswith(f"{TRAINING}/")]
+        for name, digest in wanted[context.rank :: context.world_size]:
+            check_file(directory, name, digest)
+    except DamagedCheckpoint as error:
+        problem = str(error)
+    try:
+        raise_together(problem)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def load_checkpoint(
@@ -132,61 +159,86 @@ def load_checkpoint(
     context: ParallelContext,
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
+    *,
+    checked: bool = False,
 ) -> CheckpointState:
-    """Fill the model, and the optimizer and schedule if given, from a checkpoint of any layout.
+    """Fill the model in place, and optimizer, schedule and random generators if given, from any layout's checkpoint.
+
+    Args:
+        chunks: this rank's model, bare (not in DDP).
+        optimizer: with it the training state is read too.
+        checked: ``damage`` has found nothing already.
+
+    Collectives: a few small exchanges, so that all ranks succeed or fail together.
 
     Raises:
-        UserError: no checkpoint there, or its tensors are not exactly those of this model and recipe.
+        UserError: no checkpoint there, damaged, or its tensors are not exactly those of this model and recipe.
     """
-    state = read_state(directory)
-    sharded = _sharded_state(chunks, context, optimizer, loading=True)
-    try:
-        loaded = dist_checkpointing.load(
-            sharded, str(directory / "weights"), strict=_strictness(with_optimizer=optimizer is not None)
-        )
-    except (dist_checkpointing.core.CheckpointingException, RuntimeError, KeyError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{directory} does not fit this model and recipe: {first_line}") from error
-    for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{index}"], strict=True)
+    with_training = optimizer is not None
+    with together():
+        state = read_state(directory)
+    found = None if checked else damage(directory, context, with_training=with_training)
+    if found is not None:
+        raise UserError(f"{directory} is damaged: {found}; use another checkpoint")
+    wanted = model_pieces(chunks, context)
     if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+        allocate_state(optimizer)
+        wanted += optimizer_pieces(optimizer, chunks, context)
+    with together():
+        reader = _reader(directory, with_training=with_training)
+        _fill(reader, wanted)
+        _check_covered(chunks, wanted)
+    _check_all_used(reader, wanted, directory)
+    if optimizer is not None:
+        set_updates_done(optimizer, state.updates)
+        if state.layout == layout_of(context):
+            with together():
+                set_rng_state(_read_rng(reader, context))
+    reader.close()
     if scheduler is not None:
-        scheduler.load_state_dict(state.scheduler)
+        scheduler.num_steps = 0
+        scheduler.step(increment=state.position.step)
     return state
 
 
-def _strictness(*, with_optimizer: bool) -> StrictHandling:
-    """Every key must match; without the optimizer its part of the checkpoint is left unread."""
-    return StrictHandling.RAISE_ALL if with_optimizer else StrictHandling.RAISE_UNEXPECTED
+def _reader(directory: Path, *, with_training: bool) -> PieceReader:
+    folders = (WEIGHTS, TRAINING) if with_training else (WEIGHTS,)
+    names = [name for name in read_manifest(directory) if name.split("/")[0] in folders]
+    reader = PieceReader(directory / name for name in names)
+    incomplete = reader.incomplete()
+    if incomplete:
+        raise UserError(f"{directory} does not hold all of {incomplete[0]}: use another checkpoint")
+    return reader
 
 
-def mark_latest(run_dir: Path, directory: Path, keep: int, context: ParallelContext) -> None:
-    """Point ``latest`` at a finished checkpoint and remove all but the newest ``keep``. Main rank only works."""
-    if not context.is_main:
-        return
-    folder = run_dir / "checkpoints"
-    temporary = folder / ".latest.writing"
-    temporary.write_text(directory.name + "\n", encoding="utf-8")
-    _sync(temporary)
-    temporary.rename(folder / "latest")
-    _sync(folder)
-    finished = sorted(path for path in folder.glob("step_*") if path.is_dir())
-    for old in finished[:-keep]:
-        if old != directory:
-            shutil.rmtree(old)
+@torch.no_grad()
+def _fill(reader: PieceReader, wanted: Sequence[LocalPiece]) -> None:
+    for local in wanted:
+        local.data.copy_(reader.read(local.piece, padded=local.padded))
 
 
-def _sync_tree(directory: Path) -> None:
-    for path in sorted(directory.rglob("*")):
-        _sync(path)
-    _sync(directory)
+def _check_covered(chunks: Sequence[CausalLM], wanted: Sequence[LocalPiece]) -> None:
+    """Every tensor of the model's state dict must have been among the pieces that were filled."""
+    filled = {local.data.data_ptr() for local in wanted}
+    for chunk in chunks:
+        for name, value in chunk.state_dict(keep_vars=True).items():
+            covered = not isinstance(value, torch.Tensor) or value.numel() == 0 or value.data_ptr() in filled
+            assert covered, f"{name} has no place in the checkpoint"
 
 
-def _sync(path: Path) -> None:
-    """Flush a file or a directory entry to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _check_all_used(reader: PieceReader, wanted: Sequence[LocalPiece], directory: Path) -> None:
+    """A tensor that is in the checkpoint and that no rank wants means another model or recipe."""
+    mine = {local.piece.key for local in wanted}
+    names = sorted(name for name in reader.names() if not name.startswith(f"{RNG}."))
+    used = torch.tensor([int(name in mine) for name in names], device=device_of_group())
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
+    unused = [name for name, by_anyone in zip(names, used.tolist(), strict=True) if not by_anyone]
+    if unused:
+        raise UserError(
+            f"{directory} holds {unused[0]}, which this model and recipe do not have: it belongs to another run"
+        )
+
+
+def _read_rng(reader: PieceReader, context: ParallelContext) -> dict[str, torch.Tensor]:
+    prefix = f"{RNG}.{context.rank}."
+    return {key.removeprefix(prefix): reader.read_whole(key) for key in reader.names() if key.startswith(prefix)}

@@ -1,10 +1,10 @@
 """What a run leaves to read: ``metrics.jsonl`` always, wandb as asked, a progress bar for whoever is watching."""
 
+import contextlib
 import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,6 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megaqad.config import Settings
+from megaqad.errors import UserError
+from megaqad.runtime.files import write_text_whole
+from megaqad.runtime.watchdog import Watchdog
 
 
 class MetricsLog:
@@ -22,32 +25,47 @@ class MetricsLog:
         """
         Args:
             keep_steps: rows up to this step stay (a resumed run goes on behind them), later ones are dropped.
+
+        Raises:
+            UserError: the file cannot be written.
         """
+        self.problem: str | None = None
+        """Why the last row could not be written; the loop tells all ranks."""
+        self._path = run_dir / "metrics.jsonl"
         self._file: TextIO | None = None
         self._wandb: Any = None
-        if not is_main:
-            return
-        path = run_dir / "metrics.jsonl"
-        kept = [row for row in read_metrics(path) if row["step"] <= keep_steps] if path.exists() else []
-        temporary = path.with_suffix(".writing")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        temporary.rename(path)
-        self._file = path.open("a", encoding="utf-8")
-        self._wandb = _start_wandb(run_dir, settings)
+        if is_main:
+            self.rewind(keep_steps)
+            self._wandb = _start_wandb(run_dir, settings)
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after ``step``, on the main rank. Raises UserError when the file cannot be written."""
+        if self._file is not None:
+            self._file.close()
+        rows = {row["step"]: row for row in read_metrics(self._path) if row["step"] <= step}
+        try:
+            write_text_whole(self._path, "".join(json.dumps(rows[number]) + "\n" for number in sorted(rows)))
+            self._file = self._path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written ({error.strerror}): mend it and run again") from error
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; it is on disk when this returns."""
+        """Append one row; it is on disk when this returns, or ``problem`` says why not."""
         if self._file is None:
             return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self.problem = f"{self._path} cannot be written ({error.strerror}): make room and run again to go on"
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # said already
+                self._file.close()
             self._file = None
         if self._wandb is not None:
             self._wandb.finish()
@@ -55,8 +73,10 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a last line that was cut off by a crash is dropped."""
-    rows = []
+    """The rows of a ``metrics.jsonl``; none without the file; a last line that was cut off by a crash is dropped."""
+    rows: list[dict[str, Any]] = []
+    if not path.exists():
+        return rows
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
@@ -82,17 +102,26 @@ def _start_wandb(run_dir: Path, settings: Settings) -> Any:
 
 
 class Terminal:
-    """What the person at the terminal sees; quiet on all ranks but the main one."""
+    """What the person at the terminal sees; quiet on all ranks but the main one.
 
-    def __init__(self, *, is_main: bool) -> None:
+    Whoever shows progress makes progress: with a ``watchdog``, every progress bar arms it and every advance feeds it.
+    """
+
+    def __init__(self, *, is_main: bool, watchdog: Watchdog | None = None) -> None:
         self.console = Console(quiet=not is_main, highlight=False)
+        self._watchdog = watchdog
         self._started = time.monotonic()
 
     def say(self, message: str) -> None:
         """One line, after the seconds since the command began."""
         self.console.print(f"[dim]{time.monotonic() - self._started:6.1f}s[/dim]  {message}", soft_wrap=True)
 
-    @contextmanager
+    @property
+    def seconds(self) -> float:
+        """Since the command began."""
+        return time.monotonic() - self._started
+
+    @contextlib.contextmanager
     def progress(self, title: str, total: int, *, done: int = 0) -> Iterator[Progress]:
         """A progress bar with one task, ``task_ids[0]``; where there is no terminal, one line when it is done."""
         columns = (
@@ -103,8 +132,22 @@ class Terminal:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
+        watched = self._watchdog.armed(title) if self._watchdog is not None else contextlib.nullcontext()
+        shown = _WatchedProgress(*columns, console=self.console, disable=not self.console.is_terminal)
+        shown.watchdog = self._watchdog
+        with watched, shown as progress:
             task = progress.add_task(title, total=total, completed=done, note="")
             yield progress
         if not self.console.is_terminal:
             self.say(f"{title}: {total} of {total}  {progress.tasks[task].fields['note']}".rstrip())
+
+
+class _WatchedProgress(Progress):
+    """A progress bar whose updates feed the watchdog."""
+
+    watchdog: Watchdog | None = None
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        if self.watchdog is not None:
+            self.watchdog.tick()
+        super().update(*args, **kwargs)

@@ -50,17 +50,30 @@ def stays_inside(name: str) -> bool:
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
 
 
+def check_size(directory: Path, name: str, expected: FileDigest) -> None:
+    """Look whether a file is there, and whole as far as its size tells.
+
+    Raises:
+        DamagedCheckpoint: it is missing, or of another size.
+    """
+    path = directory / name
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from error
+    if size != expected.size:
+        raise DamagedCheckpoint(f"{path} has {size} bytes instead of {expected.size}")
+
+
 def check_file(directory: Path, name: str, expected: FileDigest) -> None:
     """Read one file of a checkpoint and compare it with the manifest.
 
     Raises:
         DamagedCheckpoint: it is missing, unreadable, of another size or content.
     """
+    check_size(directory, name, expected)
     path = directory / name
     try:
-        size = path.stat().st_size
-        if size != expected.size:
-            raise DamagedCheckpoint(f"{path} has {size} bytes instead of {expected.size}")
         found = digest_of(path)
     except OSError as error:
         raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from error

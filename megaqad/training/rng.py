@@ -1,4 +1,4 @@
-"""Every random number generator of a rank, as tensors: PyTorch's, the GPU's, Megatron-Core's tracker, Python's, NumPy's.
+"""Every random number generator of a rank as tensors: PyTorch's, the GPU's, Megatron-Core's, Python's and NumPy's.
 
 Nothing that megaqad does itself draws a random number while it trains; a model with dropout, a recipe with stochastic
 rounding or a user's own data code may. Their states belong to one rank of one layout and cannot be divided otherwise,

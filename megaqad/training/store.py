@@ -94,8 +94,8 @@ class PieceReader:
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is no part of a checkpoint ({error}): use another checkpoint") from error
 
-    def keys(self) -> set[str]:
-        """Names of the tensors in the checkpoint."""
+    def names(self) -> set[str]:
+        """Keys of the tensors in the checkpoint."""
         return set(self._stored)
 
     def incomplete(self) -> list[str]:
@@ -121,8 +121,8 @@ class PieceReader:
         found = stored[0].piece.global_shape
         if found != piece.global_shape and not padded:
             raise UserError(
-                f"{piece.key} has shape {list(found)} in the checkpoint and {list(piece.global_shape)} here: it belongs "
-                "to another model or recipe"
+                f"{piece.key} has shape {list(found)} in the checkpoint and {list(piece.global_shape)} here: it "
+                "belongs to another model or recipe"
             )
         same_box = [one for one in stored if one.piece.box == piece.box]
         if sum(one.piece.numel for one in same_box) == piece.box.numel:
@@ -134,6 +134,11 @@ class PieceReader:
                 here, there = overlap
                 whole[here] = self._run_of_box(parts, 0, box.numel).reshape(box.shape)[there]
         return whole.reshape(-1)[piece.start : piece.stop].clone()
+
+    def read_whole(self, key: str) -> Tensor:
+        """A tensor that lies in one piece: flat. Its key is one of ``names()``."""
+        piece = self._stored[key][0].piece
+        return self.read(Piece(key, piece.global_shape, piece.box, 0, piece.box.numel))
 
     def _run_of_box(self, parts: Sequence[StoredPiece], start: int, stop: int) -> Tensor:
         """[stop - start]: elements [start, stop) of a flattened box, which ``parts`` cover together."""
@@ -158,7 +163,7 @@ def _parse(entry: Any) -> Piece:
     key, global_shape, offset, shape, start, stop = entry
     piece = Piece(str(key), tuple(global_shape), Box(tuple(offset), tuple(shape)), int(start), int(stop))
     inside = len(piece.global_shape) == len(piece.box.offset) == len(piece.box.shape) and all(
-        0 <= first and first + size <= whole
+        first >= 0 and first + size <= whole
         for first, size, whole in zip(piece.box.offset, piece.box.shape, piece.global_shape, strict=True)
     )
     if not inside or not 0 <= piece.start <= piece.stop <= piece.box.numel:
