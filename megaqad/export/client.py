@@ -5,6 +5,7 @@ project's tables, and the numbers go through ``dequantizer.py``.
 """
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,11 @@ class Client:
     quantized: list[str]
     """Quantized module names, in model order."""
     weight_only: bool
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether its quantized linears also quantize their input (W4A4)."""
+        return bool(self.quantized) and not self.weight_only
 
     def tensor(self, name: str) -> Tensor:
         with safe_open(self.files[name], framework="pt") as file:
@@ -232,10 +238,24 @@ def check_tensors(client: Client) -> int:
     return len(recorded)
 
 
+def check_input_scales(client: Client, input_amax: Mapping[str, float]) -> None:
+    """Every stored input scale is the calibrated amax / 2688, to the last bit but two.
+
+    Raises:
+        VerificationError: names the module.
+    """
+    for module in client.quantized:
+        scale, amax = client.tensor(f"{module}.input_scale").item(), input_amax.get(module)
+        if amax is None or abs(scale * 2688.0 / amax - 1.0) > 2**-22:
+            raise VerificationError(
+                f"{client.folder}: tensor {module}.input_scale is {scale!r}, the student's calibrated input amax "
+                f"{amax!r} asks for {amax / 2688.0 if amax else None!r}; export again"
+            )
+
+
 def load_client_model(client: Client) -> nn.Module:
-    """transformers' model in FP32 with the stored numbers, its quantized linears rounding their input as W4A4 does."""
+    """transformers' model in FP32 with the stored weights, dequantized; its activations stay as they are."""
     model = _from_config(client.config).eval()
-    modules = dict(model.named_modules())
     quantized = set(client.quantized)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -245,12 +265,17 @@ def load_client_model(client: Client) -> nn.Module:
                 parameter.copy_(read_weight(*parts))
             else:
                 parameter.copy_(client.tensor(name))
-    for module in () if client.weight_only else client.quantized:
-        modules[module].register_forward_pre_hook(_input_rounding(client.tensor(f"{module}.input_scale")))
     return model
 
 
-def _input_rounding(scale: Tensor) -> Any:
+def round_inputs(client: Client, model: nn.Module) -> None:
+    """From now on the quantized linears of ``model`` round their input with the stored scale, as W4A4 engines do."""
+    modules = dict(model.named_modules())
+    for name in client.quantized:
+        modules[name].register_forward_pre_hook(_input_rounding(client.tensor(f"{name}.input_scale")))
+
+
+def _input_rounding(scale: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (quantize_input(args[0], scale), *args[1:])
 

@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megaqad.distillation.forward import forward_hidden
 from megaqad.errors import UserError
 from megaqad.export.modelopt import export_modelopt
+from megaqad.export.reference import student_reference
 from megaqad.models.build import build_model, transformer_config
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import describe_model
@@ -20,6 +22,7 @@ from megaqad.quantization.recipe import Recipe
 from megaqad.quantization.settings import QuantizationSettings
 from megaqad.quantization.state import calibrate, input_amaxes, linear_for
 from megaqad.runtime.parallel import ParallelContext, ParallelSizes, parallel
+from tests.models.megatron_runs import whole_logits
 
 
 def export_weights(rank: int, world: int, folder: Path, sizes: ParallelSizes, options: dict[str, Any]) -> None:
@@ -44,20 +47,23 @@ def refused_export(rank: int, world: int, folder: Path, sizes: ParallelSizes, op
     return "not refused"
 
 
-def student_logits(chunks: list[CausalLM], context: ParallelContext, tokens: np.ndarray) -> Any:
-    """(vocab_start, FP32 logits [b, s, local V]) on the last stage."""
+def gathered_logits(chunks: list[CausalLM], context: ParallelContext, tokens: np.ndarray) -> Tensor | None:
+    """FP32 logits [b, s, V] on the main rank."""
     hidden = forward_hidden(chunks, list(torch.from_numpy(tokens).split(1)))
-    if not context.is_last_stage:
-        return None
-    whole: Tensor = torch.cat(hidden, 1)
-    if context.sizes.sequence:
-        whole = gather_from_sequence_parallel_region(whole, group=context.tensor_group)
-    logits = torch.einsum("sbh,vh->bsv", whole.float(), chunks[-1].head_weight().detach().float())
-    return chunks[-1].vocab_start, logits.numpy()
+    local: tuple[int, np.ndarray] | None = None
+    if context.is_last_stage:
+        whole: Tensor = torch.cat(hidden, 1)
+        if context.sizes.sequence:
+            whole = gather_from_sequence_parallel_region(whole, group=context.tensor_group)
+        logits = torch.einsum("sbh,vh->bsv", whole.float(), chunks[-1].head_weight().detach().float())
+        local = chunks[-1].vocab_start, logits.numpy()
+    shards: list[Any] = [None] * context.world_size
+    dist.all_gather_object(shards, local)
+    return whole_logits(shards) if context.is_main else None
 
 
 def calibrate_and_export(rank: int, world: int, folder: Path, sizes: ParallelSizes, options: dict[str, Any]) -> Any:
-    """The student of a recipe: calibrated, its logits taken, exported.
+    """The student of a recipe: calibrated and exported; what ``verify`` compares with, from the main rank.
 
     ``options``: output_dir, settings (QuantizationSettings arguments), dtype, tokens.
     """
@@ -69,7 +75,11 @@ def calibrate_and_export(rank: int, world: int, folder: Path, sizes: ParallelSiz
         load_weights(chunks, description, folder)
         tokens = options["tokens"]
         calibrate(chunks, context, lambda: forward_hidden(chunks, list(torch.from_numpy(tokens).split(1))))
-        logits = student_logits(chunks, context, tokens)
+
+        def logits_of(model: list[CausalLM]) -> Tensor | None:
+            return gathered_logits(model, context, tokens)
+
+        reference = student_reference(chunks, description, context, recipe, logits_of)
         export_modelopt(
             chunks,
             description,
@@ -79,4 +89,4 @@ def calibrate_and_export(rank: int, world: int, folder: Path, sizes: ParallelSiz
             modules=recipe.quantized_modules(),
             input_amax=None if recipe.settings.activations == "none" else input_amaxes(chunks),
         )
-        return logits
+        return reference
