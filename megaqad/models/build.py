@@ -81,11 +81,16 @@ def transformer_config(
         pipeline_model_parallel_size=sizes.pipeline,
         virtual_pipeline_model_parallel_size=sizes.virtual_pipeline if sizes.virtual_pipeline > 1 else None,
         sequence_parallel=sizes.sequence and sizes.tensor > 1,
+        # An interleaved pipeline of two stages has one peer on both sides: sends in one batch would be matched with the
+        # wrong receives, so each direction gets calls (and with two stages a group) of its own.
+        overlap_p2p_comm=sizes.virtual_pipeline > 1,
+        batch_p2p_comm=sizes.virtual_pipeline == 1,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
-        deallocate_pipeline_outputs=True,
+        # Freed while the send is in flight: safe with a GPU's stream-ordered allocator, corrupt data with gloo.
+        deallocate_pipeline_outputs=torch.cuda.is_available(),
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,

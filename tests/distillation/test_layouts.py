@@ -18,12 +18,13 @@ LAYOUTS = {
     ),
 }
 QAT_WITHOUT_QUANTIZATION = ["quantization=none", "distill.objective=qat"]
-QAD_IN_NVFP4 = ["quantization=nvfp4", "distill.objective=qad"]
+QAD_IN_NVFP4 = ["quantization=nvfp4", "distill.objective=qad", "train.lr=1e-4"]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
-def model(request, tmp_path_factory):
-    return make_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Qwen3: q and k norms, whose gradients must be summed over the tensor-parallel ranks, besides all that Llama has."""
+    return make_checkpoint("qwen3", tmp_path_factory.mktemp("qwen3"))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,8 @@ def test_same_curve_in_every_layout(model, one_rank_curves, run_ranks, tmp_path,
     arguments = [f"model={model}", f"output_dir={tmp_path / 'run'}", f"train.steps={STEPS}", *objective, *sizes]
     found = run_ranks(ranks, train_curve, arguments)[0]
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
-    assert expected[-1]["loss"] < expected[0]["loss"], "nothing was learned: the comparison would prove little"
+    losses = [row["loss"] for row in expected]
+    assert sum(losses[-5:]) < sum(losses[:5]), "nothing was learned: the comparison would prove little"
     for ours, reference in zip(found, expected, strict=True):
         assert ours["tokens"] == reference["tokens"]
         assert ours["loss"] == pytest.approx(reference["loss"], rel=tolerance)
