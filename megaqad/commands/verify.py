@@ -8,6 +8,7 @@ from megaqad.commands.session import Session
 from megaqad.commands.students import load_student
 from megaqad.config import Settings
 from megaqad.errors import UserError
+from megaqad.export.reference import student_reference
 from megaqad.export.verify import Verification
 from megaqad.export.verify import verify as verify_export
 from megaqad.models.causal_lm import CausalLM
@@ -32,7 +33,13 @@ def compare_export(session: Session, student: list[CausalLM]) -> Verification | 
     """
     settings = session.settings
     tokens = read_tokens(settings.tokens, session.description.vocab_size) if settings.tokens else _some_tokens(session)
-    reference = gathered_logits(session, student, tokens)
+    reference = student_reference(
+        student,
+        session.description,
+        session.context,
+        session.recipe,
+        lambda chunks: gathered_logits(session, chunks, tokens),
+    )
     result: Verification | None = None
     problem: list[str | None] = [None]
     if session.context.is_main:
@@ -41,7 +48,9 @@ def compare_export(session: Session, student: list[CausalLM]) -> Verification | 
             result = verify_export(
                 settings.run_dir / "export",
                 tokens=tokens.numpy(),
-                reference_logits=reference.numpy(),
+                reference_logits=reference.reference_logits,
+                weight_only_logits=reference.weight_only_logits,
+                input_amax=reference.input_amax,
                 report=settings.run_dir / "verify.json",
             )
         except UserError as error:
