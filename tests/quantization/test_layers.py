@@ -1,0 +1,122 @@
+"""The parallel NVFP4 layers compute, forward and backward, what one dense layer on fake-quantized operands does."""
+
+import pytest
+import torch
+
+from megaqad.nvfp4 import fake_quantize, tensor_amax
+
+TOKENS, INPUTS, OUTPUTS = 6, 64, 96
+
+
+def operands():
+    """Input [s, b, in], weight [out, in] representable in BF16, output gradient [s, b, out]."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(TOKENS, 2, INPUTS, generator=generator)
+    weight = torch.randn(OUTPUTS, INPUTS, generator=generator).bfloat16().float()
+    gradient = torch.randn(TOKENS, 2, OUTPUTS, generator=generator)
+    return x, weight, gradient
+
+
+def dense(activations):
+    """Reference: output, input gradient and weight gradient of the whole layer."""
+    x, weight, gradient = operands()
+    x.requires_grad_()
+    weight.requires_grad_()
+    inputs = fake_quantize(x, tensor_amax(x)) if activations == "nvfp4" else x
+    output = inputs @ fake_quantize(weight, tensor_amax(weight)).t()
+    output.backward(gradient)
+    return output.detach(), x.grad, weight.grad
+
+
+def parallel_layer(rank, world_size, kind, sequence, activations):
+    """The same through the tensor-parallel layer; this rank's output, input gradient and weight gradient."""
+    from megatron.core.transformer import TransformerConfig
+
+    from megaqad.models.families import LinearSite
+    from megaqad.quantization.layers import NVFP4ColumnParallelLinear, NVFP4RowParallelLinear, QuantizerMode
+    from megaqad.quantization.recipe import LinearFormat
+    from megaqad.quantization.state import calibrate
+    from megaqad.runtime.parallel import ParallelSizes, parallel
+
+    with parallel(ParallelSizes(tensor=world_size, sequence=sequence)) as context:
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=INPUTS,
+            num_attention_heads=4,
+            tensor_model_parallel_size=world_size,
+            sequence_parallel=sequence,
+            gradient_accumulation_fusion=False,
+        )
+        layer_type = NVFP4ColumnParallelLinear if kind == "column" else NVFP4RowParallelLinear
+        split = {"gather_output": False} if kind == "column" else {"input_is_parallel": True}
+        layer = layer_type(
+            INPUTS,
+            OUTPUTS,
+            config=config,
+            init_method=torch.nn.init.zeros_,
+            bias=False,
+            skip_bias_add=False,
+            site=LinearSite(layer=0, role="fc1", parallel=kind, hf_modules=("layer",)),
+            quantization=LinearFormat("nvfp4", activations),
+            **split,
+        )
+        x, weight, gradient = operands()
+        cut = 0 if kind == "column" else 1
+        with torch.no_grad():
+            layer.weight.copy_(weight.chunk(world_size, cut)[rank])
+        whole_input = x if kind == "column" else x.chunk(world_size, -1)[rank]
+        ours = whole_input.chunk(world_size)[rank] if sequence and kind == "column" else whole_input
+        ours = ours.clone().requires_grad_()
+        calibrate([layer], context, lambda: layer(ours.detach()))
+        output, _ = layer(ours)
+        wanted = gradient.chunk(world_size, -1)[rank] if kind == "column" else gradient
+        wanted = wanted.chunk(world_size)[rank] if sequence and kind == "row" else wanted
+        assert layer.mode is QuantizerMode.ON
+        output.backward(wanted)
+        return output.detach(), ours.grad, layer.weight.grad, layer.input_amax.item()
+
+
+@pytest.mark.parametrize("activations", ["nvfp4", "none"])
+@pytest.mark.parametrize(
+    ("kind", "ranks", "sequence"),
+    [("column", 1, False), ("column", 2, False), ("column", 2, True), ("row", 2, False), ("row", 2, True)],
+)
+def test_parallel_equals_dense(run_ranks, kind, ranks, sequence, activations):
+    output, input_gradient, weight_gradient = dense(activations)
+    found = run_ranks(ranks, parallel_layer, kind, sequence, activations)
+    outputs, input_gradients, weight_gradients, amaxes = zip(*found, strict=True)
+    assert set(amaxes) == {operands()[0].abs().max().item()}
+    if kind == "column":
+        joined_output = torch.cat(outputs, -1)
+        joined_input = torch.cat(input_gradients) if sequence else input_gradients[0]
+    else:
+        joined_output = torch.cat(outputs) if sequence else outputs[0]
+        joined_input = torch.cat(input_gradients, -1)
+    torch.testing.assert_close(joined_output, output, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(joined_input, input_gradient, rtol=1e-5, atol=1e-5)
+    joined_weight = torch.cat(weight_gradients, 0 if kind == "column" else 1)
+    torch.testing.assert_close(joined_weight, weight_gradient, rtol=1e-5, atol=1e-5)
+
+
+def grown_weight(rank, world_size):
+    """Largest quantized weight before and after one weight grows tenfold."""
+    from megaqad.quantization.state import quantized_linears, refresh_weights
+    from megaqad.runtime.parallel import ParallelSizes, parallel
+    from tests.quantization.models import small_quantized_model
+
+    with parallel(ParallelSizes(tensor=world_size)) as context:
+        chunks = small_quantized_model(context)
+        refresh_weights(chunks, context)
+        layer = next(iter(quantized_linears(chunks)))
+        before = layer.quantized_weight.abs().max().item()
+        with torch.no_grad():
+            if rank == 0:
+                layer.weight[0, 0] = 10 * before
+        refresh_weights(chunks, context)
+        return before, layer.quantized_weight.abs().max().item(), 10 * before
+
+
+def test_a_weight_that_grows_is_not_clipped(run_ranks):
+    """ModelOpt freezes the calibrated amax; a weight that outgrows it would saturate."""
+    _, after, wanted = run_ranks(2, grown_weight)[0]
+    assert after == pytest.approx(wanted, rel=0.01)
