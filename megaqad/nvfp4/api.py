@@ -97,7 +97,8 @@ def fake_quantize(x: Tensor, amax: Tensor | None = None, *, impl: Impl = "auto")
     check_quantizable(x, amax)
     if torch.is_grad_enabled() and x.requires_grad:
         return cast(Tensor, _FakeQuantize.apply(x, amax, implementation(impl, x.device)))
-    return implementation(impl, x.device).fake_quantize(x, amax)
+    with torch.no_grad():  # an amax that is being learned gets its gradient from its own layer, not from here
+        return implementation(impl, x.device).fake_quantize(x, amax)
 
 
 @torch.no_grad()

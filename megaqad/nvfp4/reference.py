@@ -34,7 +34,7 @@ def encode_e2m1(y: Tensor) -> Tensor:
 
 def decode_e2m1(codes: Tensor) -> Tensor:
     """The float32 values of E2M1 codes, integers in 0..15 (any shape); code 8, minus zero, is read as plain 0."""
-    magnitudes = torch.tensor(E2M1_VALUES, device=codes.device)
+    magnitudes = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=codes.device)
     return torch.cat((magnitudes, 0.0 - magnitudes))[codes.long()]
 
 

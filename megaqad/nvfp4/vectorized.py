@@ -18,7 +18,7 @@ Plain PyTorch operations only, so it runs on any device and needs no compiler. S
 the whole tensor, ``b`` that of one piece.
 """
 
-import functools
+import struct
 from collections.abc import Iterator
 
 import torch
@@ -27,12 +27,12 @@ from torch import Tensor
 from megaqad.nvfp4.format import (
     BLOCK_SIZE,
     E2M1_MAX,
+    E2M1_VALUES,
     E4M3_MAX,
     E4M3_MIN_SUBNORMAL,
     NVFP4Tensor,
     global_scale_from_amax,
 )
-from megaqad.nvfp4.reference import decode_e2m1
 
 # 8192 blocks are 512 KiB of float32; two such buffers with their input and output stay inside 2 MiB of L2.
 _BLOCKS_PER_THREAD = 8192
@@ -45,6 +45,12 @@ _ROUNDER = 1.5 * 2.0**22
 _TO_HALF_BITS = 2.0**-14
 _PAIR_MAGNITUDES = 0x0E00_0E00  # the code bits of two float16 in one int32
 _PAIR_SIGNS = -0x7FFF_8000  # 0x80008000, their signs
+
+_SIGNED_VALUES = (*E2M1_VALUES, *(0.0 - v for v in E2M1_VALUES))
+_BYTE_VALUES = [
+    struct.unpack("<q", struct.pack("<2f", _SIGNED_VALUES[byte & 0xF], _SIGNED_VALUES[byte >> 4]))[0]
+    for byte in range(256)
+]
 
 
 def quantize(x: Tensor, amax: Tensor | None) -> NVFP4Tensor:
@@ -116,7 +122,7 @@ class _Rounder:
     """Rounds ``y`` float32 [b, 16], elements in units of their block's scale, to the values of E2M1, in place."""
 
     def __init__(self, b: int, device: torch.device) -> None:
-        self.y = torch.empty(b, BLOCK_SIZE, device=device)
+        self.y = torch.empty(b, BLOCK_SIZE, dtype=torch.float32, device=device)
         self._y_bits = self.y.view(torch.int32)
         self._power = torch.empty_like(self.y)  # the power of two that sets the rounding step
         self._power_bits = self._power.view(torch.int32)
@@ -191,9 +197,6 @@ def _empty_codes(x: Tensor) -> Tensor:
     return torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8, device=x.device)
 
 
-@functools.cache
 def _byte_table(device: torch.device) -> Tensor:
     """int64 [256]: for every byte the two float32 values it holds, low nibble first, as 64 bits."""
-    byte = torch.arange(256, device=device)
-    nibbles = torch.stack((byte & 0xF, byte >> 4), dim=-1)
-    return decode_e2m1(nibbles).view(torch.int64).squeeze(-1)
+    return torch.tensor(_BYTE_VALUES, dtype=torch.int64, device=device)

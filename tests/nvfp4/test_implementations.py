@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megaqad.nvfp4 import (
     NVFP4Tensor,
@@ -189,3 +190,36 @@ def test_nothing_is_differentiable_but_fake_quantize(impl):
     assert not quantize(x, impl=impl).global_scale.requires_grad
     with torch.no_grad():
         assert not fake_quantize(x, impl=impl).requires_grad
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_an_amax_that_requires_grad_is_only_read(impl):
+    x = make("normal", torch.float32)
+    amax = tensor_amax(x).requires_grad_()
+    y = fake_quantize(x, amax, impl=impl)
+    assert not y.requires_grad
+    assert_same_bits(y, fake_quantize(x, impl=impl))
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_the_default_dtype_does_not_matter(impl):
+    """Model builders set it to BF16 while they load weights."""
+    x = make("weights", torch.bfloat16)
+    values, packed = fake_quantize_packed(x, impl=impl)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert_same_bits(fake_quantize(x, impl=impl), values)
+        assert_same(quantize(x, impl=impl), packed)
+        assert_same_bits(dequantize(packed, impl=impl), values)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_nothing_waits_for_the_device(impl):
+    """Tensors without data can be quantized, so no step reads a value on the host."""
+    with FakeTensorMode():
+        x = torch.empty(96, 160, dtype=torch.bfloat16)
+        values, packed = fake_quantize_packed(x, impl=impl)
+        assert values.shape == dequantize(packed, impl=impl).shape == fake_quantize(x, impl=impl).shape
+        assert quantize(x, tensor_amax(x), impl=impl).codes.shape == (96, 80)
