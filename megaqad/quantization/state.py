@@ -87,7 +87,7 @@ def round_to_export_dtype(chunks: Sequence[torch.nn.Module]) -> None:
 
 @torch.no_grad()
 def calibrate(chunks: Sequence[torch.nn.Module], context: ParallelContext, run_forward: Callable[[], object]) -> None:
-    """Max calibration: run data through the unquantized model and keep each layer's largest absolute input.
+    """Max calibration: run data through the unquantized model and keep each layer's largest absolute input, in BF16.
 
     Leaves the model in mode ON with its weights quantized.
 
@@ -113,7 +113,7 @@ def calibrate(chunks: Sequence[torch.nn.Module], context: ParallelContext, run_f
                 f"calibration found a largest input of {value} at {layer.site.hf_modules[0]}; the input scale must be "
                 "positive and finite, check the checkpoint and the calibration data"
             )
-        layer.input_amax.copy_(amax)
+        layer.input_amax.copy_(_up_to_bfloat16(amax))
     refresh_weights(chunks, context)
     set_mode(chunks, QuantizerMode.ON)
 
@@ -121,6 +121,15 @@ def calibrate(chunks: Sequence[torch.nn.Module], context: ParallelContext, run_f
 def input_amaxes(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
     """Calibrated input amax by Hugging Face module name, for the layers on this rank."""
     return {name: layer.input_amax.item() for layer in quantized_linears(chunks) for name in layer.site.hf_modules}
+
+
+def _up_to_bfloat16(amax: Tensor) -> Tensor:
+    """The next BF16 value at or above a positive float32 []; what is BF16 already stays.
+
+    Sums differ in their last bits between layouts, and an FP32 run would carry that into the exported scales. On the
+    BF16 grid every layout has the same scale, and nothing saturates that calibration saw.
+    """
+    return ((amax.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
 
 
 @dataclass(frozen=True)

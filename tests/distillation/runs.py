@@ -14,13 +14,13 @@ from megaqad.training.logs import read_metrics
 
 SMALL_RUN = [
     "data=random",
-    "data.max_train_tokens=20000",
+    "data.max_train_tokens=257",  # one global batch, over and over, so that a few steps show learning
     "data.max_validation_tokens=2000",
     "runtime.dtype=float32",
     "train.global_batch_size=8",
     "train.micro_batch_size=2",
     "train.sequence_length=32",
-    "train.lr=1e-3",
+    "train.lr=3e-4",
     "quantization.calibration_samples=8",
     "evaluation.max_tokens=1024",
     "evaluation.training_tokens=256",

@@ -18,7 +18,7 @@ LAYOUTS = {
     ),
 }
 QAT_WITHOUT_QUANTIZATION = ["quantization=none", "distill.objective=qat"]
-QAD_IN_NVFP4 = ["quantization=nvfp4", "distill.objective=qad", "train.lr=1e-4"]
+QAD_IN_NVFP4 = ["quantization=nvfp4", "distill.objective=qad"]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_same_curve_in_every_layout(model, one_rank_curves, run_ranks, tmp_path,
     found = run_ranks(ranks, train_curve, arguments)[0]
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
     losses = [row["loss"] for row in expected]
-    assert sum(losses[-5:]) < sum(losses[:5]), "nothing was learned: the comparison would prove little"
+    assert losses[-1] < 0.9 * losses[0], "little was learned: the comparison would prove little"
     for ours, reference in zip(found, expected, strict=True):
         assert ours["tokens"] == reference["tokens"]
         assert ours["loss"] == pytest.approx(reference["loss"], rel=tolerance)
