@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megaqad.errors import EXIT_STOPPED_EARLY, EXIT_USER_ERROR, StoppedEarly, UserError
@@ -27,6 +27,8 @@ class Command:
     """Overrides that come before the user's."""
     writes_run: bool = False
     """Starts or continues the run in ``output_dir``, rather than reading it."""
+    needs_model: bool = True
+    """Works on a model and so has settings."""
 
 
 COMMANDS = {
@@ -46,6 +48,9 @@ COMMANDS = {
     "verify": Command("verify", "read the export back as a client would and compare it with the student"),
     "report": Command("report", "write the page and its numbers"),
     "logits": Command("logits", "tokens=<npy int64 [b, s]> through the teacher or the student"),
+    "bench kl": Command("bench", "the loss beside its peers: time, memory, errors", needs_model=False),
+    "bench nvfp4": Command("bench", "the number format's implementations: time, bandwidth", needs_model=False),
+    "bench step": Command("bench", "a QAD step beside a fine-tuning step, part by part", ("experiment=demo",)),
     "pretrain": Command("pretrain", "train a model from random weights with cross entropy", writes_run=True),
 }
 
@@ -69,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if arguments else EXIT_USER_ERROR
     try:
-        return _run(arguments[0], arguments[1:])
+        return _run(*_split_command(arguments))
     except UserError as error:
         launch.report_line("megaqad: " + " ".join(str(error).split()), EXIT_USER_ERROR)
         return EXIT_USER_ERROR
@@ -77,21 +82,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         launch.report_line(f"megaqad: {stop}", EXIT_STOPPED_EARLY)
         return EXIT_STOPPED_EARLY
     except Exception as error:
-        if signals.stop_requested() is not None and launch.is_rank():  # another rank has stopped already
+        if signals.stop_number() and launch.is_rank():  # another rank has stopped already
             launch.report_line(f"megaqad: {signals.stop_reason()}", EXIT_STOPPED_EARLY)
             return EXIT_STOPPED_EARLY
         launch.report_failure(error)
         return 1
 
 
+def _split_command(arguments: list[str]) -> tuple[str, list[str]]:
+    """The command's name, of one word or two, and its overrides."""
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in COMMANDS:
+            return name, arguments[words:]
+    raise UserError(f"{' '.join(arguments[:2])!r} is no command: choose one of {', '.join(COMMANDS)}")
+
+
 def _run(name: str, overrides: list[str]) -> int:
-    if name not in COMMANDS:
-        raise UserError(f"{name!r} is no command: choose one of {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     from megaqad import config, identity
 
     if "-h" in overrides or "--help" in overrides:
-        print(f"megaqad {name}: {command.summary}\n\n{config.settings_help()}")
+        print(f"megaqad {name}: {command.summary}" + (f"\n\n{config.settings_help()}" if command.needs_model else ""))
+        return 0
+    if not command.needs_model:
+        if overrides:
+            raise UserError(f"{overrides[0]!r} has no effect: megaqad {name} takes no settings")
+        _quiet_imports()
+        _function(name)()
         return 0
     launch.adopt_slurm_environment()
     if launch.is_rank():
@@ -106,9 +124,15 @@ def _run(name: str, overrides: list[str]) -> int:
     if not launch.is_rank():
         signals.listen()
     _quiet_imports()
-    module = importlib.import_module(f"megaqad.commands.{command.module}")
-    vars(module)[name](settings)
+    _function(name)(settings)
     return 0
+
+
+def _function(name: str) -> Callable[..., None]:
+    """The code of a command; imported only now, because torch and Megatron-Core take seconds."""
+    module = importlib.import_module(f"megaqad.commands.{COMMANDS[name].module}")
+    function: Callable[..., None] = vars(module)[name.replace(" ", "_")]
+    return function
 
 
 def _quiet_imports() -> None:

@@ -1,0 +1,117 @@
+"""What a QAD step costs over plain fine-tuning, and where the time goes.
+
+Two steps of the same model, layout and tokens run in turns in one process: a cross-entropy step without quantization,
+and a QAD step (teacher pass, NVFP4 forward, full-vocabulary KL). Their ratio has a floor of 8/6 = 1.33: counted in
+forward passes, fine-tuning costs 3 and the teacher adds 1.
+
+The parts of a step are timed inside it. Activation quantization happens within the student's forward pass; it shows as
+the difference between that pass and the same pass of the fine-tuned model.
+"""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+
+from megaqad.distillation.step import DistillationStep, MicroBatch, StepResult
+from megaqad.models.causal_lm import CausalLM
+from megaqad.quantization.state import refresh_weights
+
+PARTS = ("teacher forward", "student forward", "loss", "backward", "weight quantization", "optimizer and the rest")
+
+
+class TimedStep(DistillationStep):
+    """A ``DistillationStep`` that keeps the seconds of its parts; nothing else differs."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self._running: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        self._wait()
+        started = time.perf_counter()
+        yield
+        self._wait()
+        self._running[part] += time.perf_counter() - started
+
+    def _wait(self) -> None:
+        if self.context.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def __call__(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+        self._running.clear()
+        dist.barrier()
+        with self._timed("step"):
+            result = super().__call__(micro_batches)
+        with self._timed("weight quantization"):  # once more, alone: inside the step it is part of the rest
+            refresh_weights(self.student, self.context)
+        parts = self._running
+        parts["backward"] -= parts["student forward"] + parts["loss"]
+        known = ("teacher forward", "student forward", "loss", "backward", "weight quantization")
+        parts["optimizer and the rest"] = parts["step"] - sum(parts[part] for part in known)
+        for part in ("step", *PARTS):
+            self.seconds[part].append(parts[part])
+        return result
+
+    def _with_teacher(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        with self._timed("teacher forward"):
+            return super()._with_teacher(micro_batches)
+
+    def _forward_backward(self, micro_batches: list[MicroBatch]) -> list[dict[str, Tensor]]:
+        with self._timed("backward"):  # forward and loss are taken off afterwards
+            return super()._forward_backward(micro_batches)
+
+    def _forward_step(self, batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
+        with self._timed("student forward"):
+            return super()._forward_step(batches, model)
+
+    def _loss(self, hidden: Tensor, model: CausalLM, batch: MicroBatch) -> Tensor:
+        with self._timed("loss"):
+            return super()._loss(hidden, model, batch)
+
+
+def bench_step(
+    plain: TimedStep, distilled: TimedStep, micro_batches: Sequence[MicroBatch], *, repeats: int
+) -> Iterator[dict[str, Any]]:
+    """Time both steps in turns; one JSON-able dict per part, and one for the whole step.
+
+    Args:
+        plain: cross entropy, no quantizers.
+        distilled: QAD, quantizers on, in the same layout.
+        micro_batches: this data-parallel rank's share of one global batch.
+        repeats: rounds, after one that is not counted; medians are reported.
+
+    Yields:
+        ``part``, ``plain_seconds``, ``qad_seconds``, ``over_plain_step`` (the QAD part as a share of the whole plain
+        step), and for ``part="step"`` the ``ratio`` and its floor.
+
+    Collectives: those of the steps. Seconds are this rank's.
+    """
+    for round_number in range(repeats + 1):
+        for step in (plain, distilled):
+            step(micro_batches)
+            if round_number == 0:
+                step.seconds.clear()
+    whole = statistics.median(plain.seconds["step"])
+    for part in ("step", *PARTS):
+        ours, theirs = statistics.median(distilled.seconds[part]), statistics.median(plain.seconds[part])
+        row = {
+            "bench": "step",
+            "part": part,
+            "plain_seconds": theirs,
+            "qad_seconds": ours,
+            "over_plain_step": ours / whole,
+        }
+        if part == "step":
+            pairs = zip(distilled.seconds[part], plain.seconds[part], strict=True)
+            row |= {"ratio": statistics.median(qad / fine_tuning for qad, fine_tuning in pairs), "floor": 8 / 6}
+        yield row

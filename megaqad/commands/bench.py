@@ -1,0 +1,77 @@
+"""``megaqad bench kl | nvfp4 | step``: one JSON line per measurement on standard output.
+
+Speeds are compared within one process, in turns; a ratio is worth reading, an absolute time is of this machine. On CPU
+the ratios of ``bench kl`` depend on the allocator: with ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000``
+freed memory is reused, as a GPU's caching allocator does.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from megaqad.bench import nvfp4, step
+from megaqad.bench.step import TimedStep
+from megaqad.commands.session import Session
+from megaqad.config import Settings
+from megaqad.distillation.step import MicroBatch, Objective
+from megaqad.models.causal_lm import CausalLM
+from megaqad.models.hf_reader import load_weights
+from megaqad.training.optimizer import build_optimizer, wrap_for_training
+
+REPEATS = 7
+
+
+def bench_kl() -> None:
+    """``megaqad bench kl``, on one process."""
+    from megaqad.bench import kl
+
+    _print_rows(kl.bench_kl())
+
+
+def bench_nvfp4() -> None:
+    """``megaqad bench nvfp4``, on one process."""
+    _print_rows(nvfp4.bench_nvfp4())
+
+
+def _print_rows(rows: Iterator[dict[str, Any]]) -> None:
+    for row in rows:
+        print(json.dumps(row), flush=True)
+
+
+def bench_step(settings: Settings) -> None:
+    """Every rank's part of ``megaqad bench step``."""
+    session = Session.start(settings)
+    plain_model = session.random_model()
+    load_weights(plain_model, session.description, settings.model_dir)
+    student = session.calibrated_student()
+    plain = _timed_step(session, plain_model, Objective.QAT)
+    distilled = _timed_step(session, student, Objective.QAD)
+    layout = {"world_size": session.context.world_size, "dtype": settings.runtime.dtype}
+    rows = step.bench_step(plain, distilled, _one_batch(session), repeats=REPEATS)
+    for row in rows:
+        if session.context.is_main:
+            print(json.dumps(row | layout), flush=True)
+
+
+def _timed_step(session: Session, model: list[CausalLM], objective: Objective) -> TimedStep:
+    student = wrap_for_training(model)
+    # A learning rate of 0 keeps both models where they are, so that every round times the same work.
+    optimizer, scheduler = build_optimizer(student, replace(session.settings.train, lr=0.0, min_lr=0.0), session.dtype)
+    teacher = session.teacher if objective is Objective.QAD else None
+    return TimedStep(student, optimizer, scheduler, session.context, objective=objective, teacher=teacher)
+
+
+def _one_batch(session: Session) -> list[MicroBatch]:
+    train, context = session.settings.train, session.context
+    batches = session.data.train.micro_batches(
+        0,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        data_rank=context.data_rank,
+        data_size=context.data_size,
+    )
+    return [
+        MicroBatch(batch.tokens.to(context.device), batch.labels.to(context.device), batch.loss_mask.to(context.device))
+        for batch in batches
+    ]
