@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/megaqad demo
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --ignore=tests/slurm --ignore=tests/faults
 
 lint: setup
 	$(BIN)/ruff check .
