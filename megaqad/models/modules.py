@@ -47,7 +47,7 @@ class CausalAttention(nn.Module):
     The heads are this rank's share (tensor parallel), every sequence is whole (no context parallelism); no collectives.
     """
 
-    def __init__(  # noqa: PLR0917 (Megatron's signature)
+    def __init__(
         self,
         config: TransformerConfig,
         layer_number: int,
@@ -62,7 +62,7 @@ class CausalAttention(nn.Module):
         assert attn_mask_type is AttnMaskType.causal, f"only causal attention, not {attn_mask_type}"
         self.softmax_scale = softmax_scale
 
-    def forward(  # noqa: PLR0917 (Megatron's signature)
+    def forward(
         self,
         query: Tensor,
         key: Tensor,

@@ -20,7 +20,7 @@ decides between code 0 and code 8, and whether a block counts as zero.
 Needs Triton, and a CUDA device unless the process runs with ``TRITON_INTERPRET=1``. Imported only when asked for.
 """
 
-# ruff: noqa: PLR0124, PLR0917, RET505 - kernels ask for NaN by x == x, and choose at compile time by if and else
+# ruff: noqa: PLR0124, RET505 - kernels ask for NaN by x == x, and choose at compile time by if and else
 import os
 from contextlib import AbstractContextManager, nullcontext
 

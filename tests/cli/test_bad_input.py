@@ -144,7 +144,9 @@ def test_bad_text_is_refused_on_several_ranks(tmp_path, content, said):
     text.write_bytes(content)
     output = tmp_path / "run"
     command = ["distill", "model=bundled", f"output_dir={output}", f"data={text}", "parallel.tensor=2", *TRAIN[1:]]
-    ran = subprocess.run([sys.executable, "-m", "megaqad", *command], capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(
+        [sys.executable, "-m", "megaqad", *command], check=False, capture_output=True, text=True, timeout=120
+    )
     assert ran.returncode == 2, ran.stderr
     assert len(ran.stderr.strip().splitlines()) == 1, ran.stderr
     assert said in ran.stderr

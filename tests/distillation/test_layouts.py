@@ -23,7 +23,7 @@ QAD_IN_NVFP4 = ["quantization=nvfp4", "distill.objective=qad"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Qwen3: q and k norms, whose gradients must be summed over the tensor-parallel ranks, besides all that Llama has."""
+    """Qwen3: with q and k norms, whose gradients must be summed over the tensor-parallel ranks."""
     return make_checkpoint("qwen3", tmp_path_factory.mktemp("qwen3"))
 
 
