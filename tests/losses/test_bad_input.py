@@ -18,7 +18,11 @@ HIDDEN, HEAD, WEIGHTS = torch.zeros(4, 8), torch.zeros(10, 8), torch.ones(4)
         ((LOGITS, LOGITS), {"temperature": 0.0}, "temperature=0.0"),
         ((LOGITS, LOGITS), {"temperature": float("nan")}, "temperature=nan"),
         ((LOGITS, LOGITS), {"token_mask": torch.ones(4)}, "token_mask is torch.float32"),
-        ((LOGITS, LOGITS), {"impl": "magic"}, "impl='magic' does not exist; choose one of auto, reference, torch"),
+        (
+            (LOGITS, LOGITS),
+            {"impl": "magic"},
+            "impl='magic' does not exist; choose one of auto, reference, torch, native, triton",
+        ),
     ],
 )
 def test_vocab_parallel_kl_refuses(arguments, options, message: str) -> None:
