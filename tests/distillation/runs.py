@@ -14,14 +14,14 @@ from megaqad.training.logs import read_metrics
 
 SMALL_RUN = [
     "data=random",
-    "data.max_train_tokens=257",  # one global batch, over and over, so that a few steps show learning
+    "data.max_train_tokens=1025",  # one global batch, over and over, so that a few steps show learning
     "data.max_validation_tokens=2000",
     "runtime.dtype=float32",
-    "train.global_batch_size=8",
-    "train.micro_batch_size=2",
-    "train.sequence_length=32",
+    "train.global_batch_size=16",
+    "train.micro_batch_size=4",
+    "train.sequence_length=64",
     "train.lr=3e-4",
-    "quantization.calibration_samples=8",
+    "quantization.calibration_samples=16",
     "evaluation.max_tokens=1024",
     "evaluation.training_tokens=256",
     "logging.wandb.mode=disabled",
