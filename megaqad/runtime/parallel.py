@@ -6,10 +6,12 @@ process groups. The returned ``ParallelContext`` is passed explicitly; nothing i
 
 import datetime
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -122,6 +124,8 @@ def initialize_parallel(sizes: ParallelSizes, *, seed: int = 0) -> ParallelConte
         context_parallel_size=sizes.context,
         expert_model_parallel_size=sizes.expert,
     )
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return ParallelContext(
