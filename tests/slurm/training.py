@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 STEPS = 24
 CHECKPOINT_EVERY = 4
 OPTIONS = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--time=60")
@@ -52,7 +55,11 @@ class Run:
         rows = [json.loads(line) for line in self.lines()]
         return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
-    def weights(self) -> dict[str, bytes]:
-        """Every tensor file of the last checkpoint: student, FP32 main parameters, Adam's moments, quantizer state."""
+    def state(self) -> dict[str, torch.Tensor]:
+        """All tensors of the last checkpoint: student, quantizers, FP32 main parameters, Adam's moments, generators."""
         directory = self.folder / "checkpoints" / f"step_{STEPS:08d}"
-        return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*.safetensors")}
+        return {
+            f"{path.relative_to(directory)} {name}": tensor
+            for path in sorted(directory.rglob("*.safetensors"))
+            for name, tensor in load_file(path).items()
+        }
