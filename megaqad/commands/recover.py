@@ -31,7 +31,7 @@ def run_recovery(settings: Settings, *, command: str) -> None:
     session = Session.start(settings, command=command)
     evaluator = session.evaluator(settings.evaluation.max_tokens)
     columns = {"bf16": as_column(measure(session, "BF16", evaluator, session.teacher))}
-    columns["ptq"] = as_column(measure_gap(session, ready_to_ship(session, ptq_student(session))))
+    columns["ptq"] = as_column(measure_gap(session, ready_to_ship(session, ptq_student(session)), evaluator))
     if settings.report.compare_qat:
         qat_dir = settings.run_dir / "qat"
         if session.context.is_main:

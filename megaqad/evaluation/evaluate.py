@@ -20,6 +20,8 @@ from megaqad.runtime.parallel import ParallelContext
 
 BATCHES_AT_ONCE = 8
 """Microbatches whose hidden states are held together; enough to fill a pipeline."""
+KEPT_BYTES_MOST = 1 << 30
+"""Of the teacher's hidden states, which are the same for every student; beyond it they are computed again."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class Evaluator:
         self._teacher = list(teacher)
         self._context = context
         self._batches = data.evaluation_batches(micro_batch_size, context.data_rank, context.data_size, max_tokens)
+        tokens = sum(batch.tokens.numel() for batch in self._batches)
+        config = self._teacher[0].config
+        self._keeps = tokens * config.hidden_size * config.params_dtype.itemsize <= KEPT_BYTES_MOST
+        self._kept: dict[int, list[Tensor]] = {}
 
     @property
     def groups_of_batches(self) -> int:
@@ -64,18 +70,20 @@ class Evaluator:
         """The same ``Evaluation`` on every rank.
 
         Args:
-            student: this rank's chunks, in the teacher's layout. The teacher itself gives the column of the original.
+            student: this rank's chunks, in the teacher's layout. The teacher itself gives the column of the original;
+                the teacher must not have changed since the first call.
             advance: called after every group of batches.
 
-        Collectives: two forward passes, those of ``compare_heads``, one sum over data-parallel ranks, one broadcast
+        Collectives: a forward pass of the student and, the first time, of the teacher, those of ``compare_heads``, one sum over data-parallel ranks, one broadcast
         from the last stage.
         """
         sums = torch.zeros(5, dtype=torch.float64, device=self._context.device)
         for first in range(0, len(self._batches), BATCHES_AT_ONCE):
             batches = self._batches[first : first + BATCHES_AT_ONCE]
             tokens = [batch.tokens.to(self._context.device) for batch in batches]
-            student_hidden = forward_hidden(student, tokens)
-            teacher_hidden = student_hidden if student is self._teacher else forward_hidden(self._teacher, tokens)
+            teacher_hidden = self._teacher_hidden(first, tokens)
+            is_teacher = student[0] is self._teacher[0]
+            student_hidden = teacher_hidden if is_teacher else forward_hidden(student, tokens)
             for batch, ours, theirs in zip(batches, student_hidden, teacher_hidden, strict=False):
                 sums += self._sums(batch, student[-1], ours, theirs)
             advance()
@@ -91,6 +99,15 @@ class Evaluator:
             top1_agreement=agreement / tokens_seen,
             tokens=int(tokens_seen),
         )
+
+    def _teacher_hidden(self, first: int, tokens: list[Tensor]) -> list[Tensor]:
+        """The teacher's last hidden states of the microbatches from ``first`` on, from an earlier call if kept."""
+        hidden = self._kept.get(first)
+        if hidden is None:
+            hidden = forward_hidden(self._teacher, tokens)
+            if self._keeps:
+                self._kept[first] = hidden
+        return hidden
 
     def _sums(self, batch: Batch, student: CausalLM, student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
         """float64 [5]: KL, student and teacher cross entropy, agreements, tokens of one microbatch."""

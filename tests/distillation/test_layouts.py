@@ -18,7 +18,7 @@ LAYOUTS = {
     ),
 }
 QAT_WITHOUT_QUANTIZATION = ["quantization=none", "distill.objective=qat"]
-QAD_IN_NVFP4 = ["quantization=nvfp4", "distill.objective=qad", "train.lr=1e-4"]
+QAD_IN_NVFP4 = ["quantization=nvfp4", "distill.objective=qad", "train.lr=3e-5"]
 
 
 @pytest.fixture(scope="module")
