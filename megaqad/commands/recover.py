@@ -7,6 +7,7 @@ Started again after an interruption it goes on from the newest checkpoint; what 
 
 import sys
 import time
+from dataclasses import asdict
 
 import torch.distributed as dist
 
@@ -39,7 +40,9 @@ def run_recovery(settings: Settings, *, command: str) -> None:
         dist.barrier()
         columns["qat"] = as_column(measure(session, "QAT", evaluator, train_student(session, qat_dir, Objective.QAT)))
     student = train_student(session, settings.run_dir, Objective.QAD)
-    columns["qad"] = as_column(measure(session, "QAD", evaluator, student))
+    recovered = measure(session, "QAD", evaluator, student)
+    columns["qad"] = as_column(recovered)
+    write_json(settings.run_dir / "evaluation.json", asdict(recovered), session)
     write_export(session, student)
     compare_export(session, student)
     if session.context.is_main:

@@ -74,8 +74,8 @@ class Evaluator:
                 the teacher must not have changed since the first call.
             advance: called after every group of batches.
 
-        Collectives: a forward pass of the student and, the first time, of the teacher, those of ``compare_heads``, one sum over data-parallel ranks, one broadcast
-        from the last stage.
+        Collectives: a forward pass of the student and, the first time, of the teacher, those of ``compare_heads``, one
+        sum over data-parallel ranks, one broadcast from the last stage.
         """
         sums = torch.zeros(5, dtype=torch.float64, device=self._context.device)
         for first in range(0, len(self._batches), BATCHES_AT_ONCE):
