@@ -25,6 +25,9 @@ from torch.autograd.function import once_differentiable
 from megaqad.losses import kernels, reference
 from megaqad.losses.sharding import Group, gather
 
+_MERGED_AT_ONCE = 4096
+"""Tokens; the merge works in FP64, whose temporaries would otherwise be the largest memory of a call."""
+
 
 @dataclass(frozen=True)
 class KLSums:
@@ -74,11 +77,19 @@ class _AllGatherStatisticsThenLocalGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor | None, call: _Call) -> Tensor:
         local = call.kernel.statistics(student, teacher, temperature=call.temperature, mask=mask)
-        sums = merge(gathered_statistics(local, call.group), call.temperature)
-        token_kl = sums.token_kl if mask is None else sums.token_kl.masked_fill(~mask, 0.0)
-        ctx.save_for_backward(student, teacher, mask, sums.peaks, sums.sums)
+        gathered = gathered_statistics(local, call.group)
+        del local
+        token_kl = student.new_empty(len(student), dtype=torch.float32)
+        peaks, sums = student.new_empty(2, 2, len(student), dtype=torch.float32)
+        for first in range(0, len(student), _MERGED_AT_ONCE):
+            rows = slice(first, first + _MERGED_AT_ONCE)
+            merged = merge(gathered[:, :, rows], call.temperature)
+            token_kl[rows], peaks[:, rows], sums[:, rows] = merged.token_kl, merged.peaks, merged.sums
+        if mask is not None:
+            token_kl.masked_fill_(~mask, 0.0)
+        ctx.save_for_backward(student, teacher, mask, peaks, sums)
         ctx.call = call
-        return token_kl.float()
+        return token_kl
 
     @staticmethod
     @once_differentiable
@@ -120,7 +131,12 @@ def vocab_parallel_kl(
     kernel = kernels.choose(impl, student_logits.device, {student_logits.dtype, teacher_logits.dtype})
     if impl == "reference":
         return reference.vocab_parallel_kl(
-            student_logits, teacher_logits, temperature=temperature, group=group, token_mask=token_mask
+            student_logits,
+            teacher_logits,
+            temperature=temperature,
+            group=group,
+            token_mask=token_mask,
+            inplace=inplace,
         )
     token_kl = _AllGatherStatisticsThenLocalGradient.apply(
         student_logits, teacher_logits.detach(), token_mask, _Call(temperature, group, kernel, inplace)

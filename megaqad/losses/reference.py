@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from megaqad.losses.blocks import row_blocks
 from megaqad.losses.sharding import Group, agree, group_rank, group_size
 
 FLOOR = -1e30
+_FP32_PER_FP64 = 2
+"""An FP64 number is two FP32 numbers; `row_blocks` counts the latter."""
 
 
 def whole_vocabulary(local: Tensor, group: Group) -> Tensor:
@@ -62,6 +65,36 @@ def cross_entropy(student: Tensor, labels: Tensor) -> Tensor:
     return -torch.log_softmax(student, dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
+class _RowsAgainInBackward(torch.autograd.Function):
+    """Forward and backward go over the rows in blocks, so that FP64 copies exist of a few rows only.
+
+    Collectives, per block and in both directions: those of `whole_vocabulary`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, group: Group, inplace: bool) -> Tensor:
+        ctx.save_for_backward(student, teacher)
+        ctx.temperature, ctx.group, ctx.inplace = temperature, group, inplace
+        ctx.columns = sum(agree({"columns": student.shape[1]}, group, student.device)["columns"])
+        token_kl = torch.zeros(len(student), dtype=torch.float32, device=student.device)
+        for rows in row_blocks(len(student), _FP32_PER_FP64 * ctx.columns):
+            dense = whole_vocabulary(student[rows], group), whole_vocabulary(teacher[rows], group)
+            token_kl[rows] = forward_kl(*dense, temperature).float()
+        return token_kl
+
+    @staticmethod
+    def backward(ctx: Any, grad_token_kl: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher = ctx.saved_tensors
+        out = student.detach() if ctx.inplace else torch.empty_like(student)
+        for rows in row_blocks(len(student), _FP32_PER_FP64 * ctx.columns):
+            leaf = student.detach()[rows].clone().requires_grad_()
+            with torch.enable_grad():
+                dense = whole_vocabulary(leaf, ctx.group), whole_vocabulary(teacher[rows], ctx.group)
+                token_kl = forward_kl(*dense, ctx.temperature)
+            (out[rows],) = torch.autograd.grad(token_kl, leaf, grad_token_kl[rows].double())
+        return out, None, None, None, None
+
+
 def vocab_parallel_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -69,17 +102,14 @@ def vocab_parallel_kl(
     temperature: float = 1.0,
     group: Group = None,
     token_mask: Tensor | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     """See `megaqad.losses.vocab_parallel_kl`."""
-    keep = (
-        torch.ones(len(student_logits), dtype=torch.bool, device=student_logits.device)
-        if token_mask is None
-        else token_mask
-    )
-    student = whole_vocabulary(student_logits[keep], group)
-    teacher = whole_vocabulary(teacher_logits.detach()[keep], group)
-    token_kl = torch.zeros(student_logits.shape[0], device=student_logits.device)
-    return token_kl.masked_scatter(keep, forward_kl(student, teacher, temperature).float())
+    student, teacher = student_logits, teacher_logits.detach()
+    if token_mask is None:
+        return _RowsAgainInBackward.apply(student, teacher, temperature, group, inplace)
+    kept = _RowsAgainInBackward.apply(student[token_mask], teacher[token_mask], temperature, group, inplace)
+    return torch.zeros(len(student), device=student.device).masked_scatter(token_mask, kept)
 
 
 class _IdentityThenDeposit(torch.autograd.Function):

@@ -1,0 +1,323 @@
+"""The KL loss beside its peers: time, memory and errors, forward and backward.
+
+Three operations, each on random models whose student is near its teacher:
+
+| operation | input | what runs |
+|---|---|---|
+| `logits` | BF16 logits that exist already | KL of given logits |
+| `heads` | BF16 hidden states and heads | both output heads and KL; also with half the tokens ignored |
+| `errors` | the same, smaller | loss bias and gradient errors against FP64 from the same BF16 numbers |
+
+Contestants: `megaqad` (what `impl="auto"` takes), its PyTorch kernel (`megaqad_torch`) and its reference; `plain`, which
+is `F.kl_div` of two FP32 `log_softmax`; ModelOpt's `LogitsKLLoss`, fed by a BF16 head as Megatron-Core's output layer
+feeds it; Liger's chunked loss where it is installed; for `heads` also the four matrix products alone, in the given
+type (`products`) and in FP32 (`products_fp32`), in which the CPU has to run them for FP32 logits.
+
+Contestants take turns, every round running each once, so that a machine that slows down does so for all; medians are
+reported. On CPU ratios depend on the allocator by 5 to 20 times: with
+`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000` freed memory is reused, as a GPU's caching allocator does.
+"""
+
+import importlib.util
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megaqad.bench.memory import peak_memory
+from megaqad.losses import linear_kl, reference, vocab_parallel_kl
+
+_LOGITS = {"cpu": ((2048, 32000), (512, 151936)), "cuda": ((8192, 32000), (4096, 151936))}
+_HEADS = {"cpu": ((2048, 32000, 256), (1024, 32000, 1024)), "cuda": ((8192, 151936, 4096), (8192, 151936, 2048))}
+_ERRORS = (64, 16000, 512)
+_LOGIT_STD, _NOISE = 5.0, 0.018
+_IGNORE = -100
+
+Run = Callable[[], object]
+Contestants = dict[str, Callable[[], Run]]
+"""name -> prepares fresh leaves, untimed, and gives the call to time"""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Two models' ends."""
+
+    hidden_s: Tensor  # [N, H]
+    head_s: Tensor  # [V, H]
+    hidden_t: Tensor
+    head_t: Tensor
+    weights: Tensor  # [N], 0 where ignored, else 1 / count
+
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        return self.hidden_s.detach().requires_grad_(), self.head_s.detach().requires_grad_()
+
+
+def bench_kl(
+    logits_shapes: Sequence[tuple[int, int]] | None = None,
+    head_shapes: Sequence[tuple[int, int, int]] | None = None,
+    *,
+    device: str | torch.device | None = None,
+    repeats: int = 5,
+    seed: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """Measure every contestant of every operation; one JSON-able dict each, as it is made.
+
+    Args:
+        logits_shapes: (tokens, vocabulary) for `logits`.
+        head_shapes: (tokens, vocabulary, hidden) for `heads`.
+        device: where to run; CUDA when there is one.
+        repeats: rounds, of which the median is reported.
+        seed: of the random models.
+
+    Yields:
+        `operation`, `impl`, `tokens`, `vocabulary`, `hidden`, `ignored`, `dtype`, `device`, `threads`, `allocator`;
+        then for `logits` and `heads` `repeats`, `seconds` (median), `seconds_min`, `ratio_to_modelopt` (of the
+        medians, below 1 is faster), for `heads` `ratio_to_products`, `peak_tensor_bytes`, `peak_resident_bytes`; for
+        `errors` `kl` (true, per token), `loss_bias` (relative), `hidden_gradient_error`, `head_gradient_error` (L2,
+        relative).
+
+    Raises:
+        ValueError: `repeats` is below 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, not {repeats}")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    common = {
+        "bench": "kl",
+        "dtype": "bfloat16",
+        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "allocator": _allocator(where),
+    }
+    for row in _rows(logits_shapes or _LOGITS[where.type], head_shapes or _HEADS[where.type], where, repeats, seed):
+        yield common | row
+
+
+def _allocator(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "caching"
+    return "reuse" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "default"
+
+
+def _rows(
+    logits_shapes: Sequence[tuple[int, int]],
+    head_shapes: Sequence[tuple[int, int, int]],
+    device: torch.device,
+    repeats: int,
+    seed: int,
+) -> Iterator[dict[str, Any]]:
+    yield from _errors(make_problem(*_ERRORS, device, seed))
+    for tokens, vocabulary in logits_shapes:
+        contestants = logits_contestants(tokens, vocabulary, device, seed)
+        described = {"operation": "logits", "tokens": tokens, "vocabulary": vocabulary, "hidden": None, "ignored": 0.0}
+        for row in _measure(contestants, device, repeats):
+            yield described | row
+    for tokens, vocabulary, hidden in head_shapes:
+        problem = make_problem(tokens, vocabulary, hidden, device, seed)
+        for ignored in (0.0, 0.5):
+            described = {"operation": "heads", "tokens": tokens, "vocabulary": vocabulary}
+            contestants = head_contestants(ignore(problem, ignored))
+            for row in _measure(contestants, device, repeats):
+                yield described | {"hidden": hidden, "ignored": ignored} | row
+
+
+def make_problem(tokens: int, vocabulary: int, hidden: int, device: torch.device, seed: int) -> Problem:
+    """A teacher with logits of standard deviation 5 and a student with other hidden states: KL about 3e-3 per token."""
+    draw = torch.Generator().manual_seed(seed)
+    hidden_t = torch.randn(tokens, hidden, generator=draw)
+    head = (torch.randn(vocabulary, hidden, generator=draw) * _LOGIT_STD / hidden**0.5).to(device, torch.bfloat16)
+    hidden_s = hidden_t + _NOISE * torch.randn(tokens, hidden, generator=draw)
+    hidden_s, hidden_t = (x.to(device, torch.bfloat16) for x in (hidden_s, hidden_t))
+    return Problem(hidden_s, head, hidden_t, head.clone(), torch.full((tokens,), 1 / tokens, device=device))
+
+
+def ignore(problem: Problem, share: float) -> Problem:
+    """The same with the first tokens of every stretch ignored; the others' weights add up to 1."""
+    tokens = len(problem.weights)
+    kept = torch.arange(tokens, device=problem.weights.device) % 10 >= round(10 * share)
+    return replace(problem, weights=kept.float() / kept.sum())
+
+
+def modelopt_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL per token by ModelOpt's loss, which wants Megatron's [s, b, V]."""
+    from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
+
+    token_kl, _, _ = LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=1))(
+        student.unsqueeze(1), teacher.unsqueeze(1)
+    )
+    return token_kl.squeeze(0)
+
+
+def plain_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL per token as PyTorch's documentation would have it."""
+    log_s, log_t = (F.log_softmax(z.float(), dim=-1) for z in (student, teacher))
+    return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
+
+
+def logits_contestants(tokens: int, vocabulary: int, device: torch.device, seed: int) -> Contestants:
+    draw = torch.Generator().manual_seed(seed)
+    teacher = torch.randn(tokens, vocabulary, generator=draw).mul_(_LOGIT_STD)
+    student = (teacher + 0.1 * torch.randn(tokens, vocabulary, generator=draw)).to(device, torch.bfloat16)
+    teacher = teacher.to(device, torch.bfloat16)
+
+    def contestant(token_kl: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Run]:
+        def prepare() -> Run:
+            leaf = student.clone().requires_grad_()
+            return lambda: token_kl(leaf, teacher).mean().backward()
+
+        return prepare
+
+    def ours(impl: str) -> Callable[[], Run]:
+        return contestant(lambda s, t: vocab_parallel_kl(s, t, inplace=True, impl=impl))
+
+    return {
+        "megaqad": ours("auto"),
+        "megaqad_torch": ours("torch"),
+        "megaqad_reference": ours("reference"),
+        "plain": contestant(plain_kl),
+        "modelopt": contestant(modelopt_kl),
+    }
+
+
+def head_contestants(problem: Problem) -> Contestants:
+    """Everything that takes hidden states and heads to gradients of both."""
+    kept = problem.weights != 0
+
+    def ours(impl: str) -> Callable[[], Run]:
+        def prepare() -> Run:
+            hidden, head = problem.leaves()
+
+            def run() -> None:
+                loss, _ = linear_kl(
+                    hidden, head, problem.hidden_t, problem.head_t, token_weights=problem.weights, impl=impl
+                )
+                loss.backward()
+
+            return run
+
+        return prepare
+
+    def of_logits(token_kl: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Run]:
+        def prepare() -> Run:
+            hidden, head = problem.leaves()
+
+            def run() -> None:
+                values = token_kl(hidden @ head.t(), problem.hidden_t @ problem.head_t.t())
+                (values * problem.weights).sum().backward()
+
+            return run
+
+        return prepare
+
+    contestants = {
+        "megaqad": ours("auto"),
+        "megaqad_torch": ours("torch"),
+        "plain": of_logits(plain_kl),
+        "modelopt": of_logits(modelopt_kl),
+        "products": lambda: lambda: _products(problem, torch.bfloat16),
+        "products_fp32": lambda: lambda: _products(problem, torch.float32),
+    }
+    if importlib.util.find_spec("liger_kernel") is not None:
+        contestants["liger"] = lambda: _liger(problem, kept)
+    return contestants
+
+
+def _liger(problem: Problem, kept: Tensor) -> Run:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
+    labels = torch.where(kept, 0, _IGNORE)
+    hidden, head = problem.leaves()
+    return lambda: loss(hidden, head, problem.hidden_t, problem.head_t, labels).backward()
+
+
+def _products(problem: Problem, dtype: torch.dtype) -> None:
+    """The two heads, and the gradients of hidden states and head, and nothing between them; 512 tokens at a time."""
+    head_s, head_t = problem.head_s.to(dtype), problem.head_t.to(dtype)
+    total = torch.zeros_like(head_s)
+    for rows in range(0, len(problem.weights), 512):
+        hidden_s, hidden_t = (x[rows : rows + 512].to(dtype) for x in (problem.hidden_s, problem.hidden_t))
+        logits = hidden_t @ head_t.t()
+        torch.mm(hidden_s, head_s.t(), out=logits)
+        torch.mm(logits, head_s)
+        total.addmm_(logits.t(), hidden_s)
+
+
+def _measure(contestants: Contestants, device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for prepare in contestants.values():  # compiles what is compiled on first use
+        prepare()()
+    for _ in range(repeats):
+        for name, prepare in contestants.items():
+            seconds[name].append(_seconds(prepare(), device))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    for name, prepare in contestants.items():
+        peak = peak_memory(prepare(), device)
+        row: dict[str, Any] = {
+            "impl": name,
+            "repeats": repeats,
+            "seconds": medians[name],
+            "seconds_min": min(seconds[name]),
+            "ratio_to_modelopt": medians[name] / medians["modelopt"],
+            "peak_tensor_bytes": peak.tensor_bytes,
+            "peak_resident_bytes": peak.resident_bytes,
+        }
+        if "products" in medians:
+            row |= _ratios_to_products(name, medians)
+        yield row
+
+
+def _ratios_to_products(name: str, medians: Mapping[str, float]) -> dict[str, float]:
+    return {f"ratio_to_{products}": medians[name] / medians[products] for products in ("products", "products_fp32")}
+
+
+def _seconds(run: Run, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _errors(problem: Problem) -> Iterator[dict[str, Any]]:
+    """Loss and gradients of the heads against the reference, which is FP64 from the same BF16 numbers."""
+    hidden, head = (x.double().requires_grad_() for x in (problem.hidden_s, problem.head_s))
+    dense = reference.forward_kl(hidden @ head.t(), problem.hidden_t.double() @ problem.head_t.double().t(), 1.0)
+    true_loss = (dense * problem.weights).sum()
+    true_loss.backward()
+    tokens, vocabulary, width = len(problem.weights), *problem.head_s.shape
+    for name, loss_of in _LOSSES.items():
+        leaf_hidden, leaf_head = problem.leaves()
+        loss = loss_of(leaf_hidden, leaf_head, problem)
+        loss.backward()
+        yield {
+            "operation": "errors",
+            "impl": name,
+            **{"tokens": tokens, "vocabulary": vocabulary, "hidden": width, "ignored": 0.0},
+            "kl": float(true_loss.detach()),
+            "loss_bias": float(loss.detach().double() / true_loss.detach() - 1),
+            "hidden_gradient_error": _relative_error(leaf_hidden.grad, hidden.grad),
+            "head_gradient_error": _relative_error(leaf_head.grad, head.grad),
+        }
+
+
+_LOSSES: dict[str, Callable[[Tensor, Tensor, Problem], Tensor]] = {
+    "megaqad": lambda hidden, head, p: linear_kl(hidden, head, p.hidden_t, p.head_t, token_weights=p.weights)[0],
+    "plain": lambda hidden, head, p: (plain_kl(hidden @ head.t(), p.hidden_t @ p.head_t.t()) * p.weights).sum(),
+    "modelopt": lambda hidden, head, p: (modelopt_kl(hidden @ head.t(), p.hidden_t @ p.head_t.t()) * p.weights).sum(),
+}
+
+
+def _relative_error(value: Tensor | None, truth: Tensor | None) -> float:
+    assert value is not None
+    assert truth is not None
+    return float((value.double() - truth).norm() / truth.norm())

@@ -1,0 +1,91 @@
+"""Memory: constant for `vocab_parallel_kl`, two chunks of logits for `linear_kl`, whatever the number of tokens."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megaqad.bench.memory import peak_memory
+from megaqad.losses import compare_heads, linear_kl, vocab_parallel_kl
+from tests.losses.implementations import NATIVE
+from tests.losses.oracle import logit_pair
+
+MB = 1 << 20
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:Profiler")
+
+
+def kl_peak(tokens: int, vocabulary: int, impl: str, *, inplace: bool, dtype: torch.dtype = torch.bfloat16) -> int:
+    student, teacher = logit_pair(tokens, vocabulary, 0.1, dtype)
+    student.requires_grad_()
+
+    def run() -> None:
+        vocab_parallel_kl(student, teacher, inplace=inplace, impl=impl).sum().backward()
+
+    return peak_memory(run, CPU).tensor_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("impl", [NATIVE])
+def test_the_native_kernel_needs_64_bytes_per_token(impl: str, dtype: torch.dtype) -> None:
+    merging = 128 * 4096
+    for tokens, vocabulary in ((64, 100000), (512, 4000), (40000, 64)):
+        assert kl_peak(tokens, vocabulary, impl, inplace=True, dtype=dtype) <= 64 * tokens + merging
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_the_others_need_at_most_32_mb(impl: str) -> None:
+    assert kl_peak(200, 16000, impl, inplace=True) <= 32 * MB
+    assert kl_peak(6, 151936, impl, inplace=True) <= 32 * MB
+
+
+@pytest.mark.parametrize("impl", ["torch", NATIVE])
+def test_beside_the_logits_only_the_gradient_grows(impl: str) -> None:
+    constant = 0.0 if impl == "native" else 8 * MB
+    assert kl_peak(512, 32000, impl, inplace=False) <= 2.05 * 512 * 32000 + constant
+
+
+def problem(tokens: int, vocabulary: int, hidden: int) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(rows, hidden, generator=draw) for rows in (tokens, vocabulary, tokens, vocabulary)]
+
+
+def linear_peak(tokens: int, vocabulary: int, impl: str, *, train: bool = True) -> int:
+    hidden_s, head_s, hidden_t, head_t = problem(tokens, vocabulary, 16)
+    hidden_s.requires_grad_(train)
+    head_s.requires_grad_(train)
+    weights = torch.full((tokens,), 1 / tokens)
+
+    def run() -> None:
+        loss, _ = linear_kl(hidden_s, head_s, hidden_t, head_t, token_weights=weights, impl=impl)
+        if train:
+            loss.backward()
+
+    return peak_memory(run, CPU).tensor_bytes
+
+
+@pytest.mark.parametrize("impl", ["torch", NATIVE])
+def test_linear_kl_needs_two_chunks_and_is_flat_in_tokens(impl: str) -> None:
+    vocabulary, hidden = 32000, 16
+    two_chunks, gradients = 2 * 512 * vocabulary * 4, 2 * (vocabulary + 4096) * hidden * 4
+    peaks = {tokens: linear_peak(tokens, vocabulary, impl) for tokens in (1024, 2048)}
+    per_token = (peaks[2048] - peaks[1024]) / 1024
+    assert per_token <= 8 * hidden * 4 + 64, "hidden states and their gradient, nothing of the vocabulary's size"
+    assert max(peaks.values()) <= two_chunks + gradients + 16 * MB
+    # ModelOpt holds 28 bytes per logit (and the BF16 logits); a bound from above for our own at 8192 tokens
+    at_8192 = peaks[2048] + per_token * (8192 - 2048)
+    assert at_8192 <= 28 * 8192 * vocabulary / 25
+
+
+def test_without_gradients_there_are_only_the_chunks() -> None:
+    assert linear_peak(1024, 32000, "auto", train=False) <= 2 * 512 * 32000 * 4 + 4 * MB
+
+
+def test_an_evaluation_is_flat_too() -> None:
+    peaks = []
+    for tokens in (1024, 2048):
+        hidden_s, head_s, hidden_t, head_t = problem(tokens, 32000, 16)
+        labels, weights = torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens)
+        arguments = (hidden_s, head_s, hidden_t, head_t, labels)
+        peaks.append(peak_memory(lambda: compare_heads(*arguments, token_weights=weights), CPU).tensor_bytes)  # noqa: B023
+    assert (peaks[1] - peaks[0]) / 1024 <= 256
+    assert peaks[1] <= 2 * 512 * 32000 * 4 + 16 * MB
