@@ -48,7 +48,9 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 ReturnToService=2
-SlurmdTimeout=5
+SlurmdTimeout=10
+MessageTimeout=60
+PropagatePrioProcess=1
 KillWait=10
 MinJobAge=3600
 SlurmdParameters=config_overrides
@@ -57,9 +59,11 @@ PartitionName=batch Nodes=n[1-3] Default=YES MaxTime=INFINITE PriorityTier=1 Gra
 PartitionName=urgent Nodes=n[1-3] MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF State=UP
 PartitionName=single Nodes=n[4-{nodes}] MaxTime=INFINITE PriorityTier=1 PreemptMode=OFF State=UP
 """
-"""What differs from a production cluster, and why: no cgroups and no accounting (neither is needed), fake processors,
-short timeouts, and a short ``cred_expire``, because a requeued job may not start before its old credential expires
-(two minutes by default)."""
+"""What differs from a production cluster, and why: no cgroups and no accounting (neither is needed), fake processors, a
+short time until a silent node counts as lost, and a short ``cred_expire``, because a requeued job may not start before
+its old credential expires (two minutes by default). The daemons run at a higher priority than the jobs, so that a busy
+machine does not make them miss one another."""
+PRIORITY = ("nice", "-n", "-10")
 
 NODE = """
 hostname "$1"
@@ -68,7 +72,7 @@ ip link set lo up
 until ip link show eth0 >/dev/null 2>&1; do sleep 0.05; done
 ip address add "$3" dev eth0
 ip link set eth0 up
-slurmd -D &
+nice -n -10 slurmd -D &
 wait
 """
 """A node's first process. It waits for its end of the cable, which can be plugged in only once its namespace exists."""
@@ -125,7 +129,9 @@ class Cluster:
     def _daemon(self, *command: str) -> None:
         log = (self.folder / f"{command[0]}.out").open("wb")
         self._daemons.append(
-            subprocess.Popen(command, env=self._environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            subprocess.Popen(
+                [*PRIORITY, *command], env=self._environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            )
         )
 
     def _idle(self) -> int:
