@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test test-slurm test-faults lint format clean
 
 help:
 	@echo "make demo    set up, then run the whole journey on the bundled teacher (CPU, minutes)"
 	@echo "make test    set up, then run the tests"
-	@echo "make lint    set up, then ruff, mypy and shellcheck"
+	@echo "make test-slurm   the launch scripts on a real Slurm cluster inside this machine (root, Debian packages)"
+	@echo "make test-faults  kill, truncate, fill the disk: nothing may be lost"
+	@echo "make lint    set up, then ruff and mypy"
 	@echo "make setup   create $(VENV) from constraints.txt"
 
 setup: $(VENV)/.installed
@@ -24,6 +26,12 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -q --ignore=tests/slurm --ignore=tests/faults
+
+test-slurm: setup
+	tests/slurm/run.sh
+
+test-faults: setup
+	$(BIN)/python -m pytest -q tests/faults
 
 lint: setup
 	$(BIN)/ruff check .
