@@ -14,15 +14,14 @@ from megaqad.training.logs import read_metrics
 
 SMALL_RUN = [
     "data=random",
-    "data.max_train_tokens=16385",  # one global batch, over and over, so that a few steps show learning
-    # A flipped code changes a token's KL by as much as itself: only a mean over many tokens is the same everywhere.
+    "data.max_train_tokens=257",  # one global batch, over and over, so that a few steps show learning
     "data.max_validation_tokens=2000",
     "runtime.dtype=float32",
-    "train.global_batch_size=128",
-    "train.micro_batch_size=32",
-    "train.sequence_length=128",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=2",
+    "train.sequence_length=32",
     "train.lr=3e-4",
-    "quantization.calibration_samples=64",
+    "quantization.calibration_samples=8",
     "evaluation.max_tokens=1024",
     "evaluation.training_tokens=256",
     "logging.wandb.mode=disabled",
