@@ -143,7 +143,8 @@ def _tokenize(split: Split, tokenizer: Encoder) -> tuple[Tokens, Tokens, TokenFa
     for side, files, tokens in (("training", split.train, train), ("held-out", split.held_out, validation)):
         if files and len(tokens) < 2:
             others = f" and {len(files) - 1} others" if len(files) > 1 else ""
-            raise UserError(f"{files[0].path}{others} hold {len(tokens)} {side} tokens, too few: give more text")
+            amount = "no text" if not len(tokens) else f"{len(tokens)} token of text"
+            raise UserError(f"there is {amount} for the {side} data in {files[0].path}{others}: give more text")
     facts = TokenFacts(
         train_tokens=len(train),
         train_files=len(split.train),

@@ -137,7 +137,7 @@ def test_another_runs_output_dir_is_left_alone(capsys, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(b"", "empty"), (b"caf\xe9 " * 100, "UTF-8"), (b"too short", "sequence")]
+    ("content", "said"), [(b"", "no text"), (b"caf\xe9 " * 100, "UTF-8"), (b"a text too short", "held-out data")]
 )
 def test_bad_text_is_refused_on_several_ranks(tmp_path, content, said):
     text = tmp_path / "text.txt"
