@@ -28,6 +28,8 @@ LAST_RESORT_SECONDS = 10.0
 FLIGHT_RECORDER_ENTRIES = 5
 FLIGHT_RECORDER_SIZE = "2000"
 EXIT_HANG = 1
+SERVICE_THREADS = ("signals", "watchdog")
+"""They wait by design."""
 
 
 def enable_flight_recorder() -> None:
@@ -90,13 +92,13 @@ class Watchdog:
 
 
 def stacks() -> str:
-    """The Python stacks of all threads of this process, the main thread's last."""
+    """The Python stacks of the threads of this process that work, the main thread's last."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     frames = sorted(sys._current_frames().items(), key=lambda item: item[0] == threading.main_thread().ident)
     return "\n".join(
         f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame)).rstrip()
         for ident, frame in frames
-        if ident != threading.get_ident()
+        if names.get(ident) not in SERVICE_THREADS
     )
 
 

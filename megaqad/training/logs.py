@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from megaqad.config import Settings
 from megaqad.errors import UserError
@@ -32,14 +40,17 @@ class MetricsLog:
         self.problem: str | None = None
         """Why the last row could not be written; the loop tells all ranks."""
         self._path = run_dir / "metrics.jsonl"
+        self._is_main = is_main
         self._file: TextIO | None = None
         self._wandb: Any = None
+        self.rewind(keep_steps)
         if is_main:
-            self.rewind(keep_steps)
             self._wandb = _start_wandb(run_dir, settings)
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after ``step``, on the main rank. Raises UserError when the file cannot be written."""
+        """Drop the rows after ``step``. Raises UserError when the file cannot be written."""
+        if not self._is_main:
+            return
         if self._file is not None:
             self._file.close()
         rows = {row["step"]: row for row in read_metrics(self._path) if row["step"] <= step}
@@ -147,7 +158,8 @@ class _WatchedProgress(Progress):
 
     watchdog: Watchdog | None = None
 
-    def update(self, *args: Any, **kwargs: Any) -> None:
+    def update(self, task_id: TaskID, *args: Any, **kwargs: Any) -> None:
+        super().update(task_id, *args, **kwargs)
         if self.watchdog is not None:
-            self.watchdog.tick()
-        super().update(*args, **kwargs)
+            task = self.tasks[task_id]
+            self.watchdog.tick(f"{task.description}, {task.completed:.0f} of {task.total:.0f} done")

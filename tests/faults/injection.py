@@ -131,6 +131,32 @@ def fail(point: str, call: int, rank: int, error: str = "ENOSPC") -> None:
     _at_call(point, call, rank, refuse, after=False)
 
 
+def fail_log(call: int, error: str) -> None:
+    """The same answer to the ``call``-th row of metrics.jsonl."""
+    from megaqad.training.logs import MetricsLog
+
+    write = MetricsLog.write
+    count = 0
+
+    class Refusing:
+        def write(self, _text: str) -> None:
+            number = vars(errno)[error]
+            raise OSError(number, os.strerror(number))
+
+        def close(self) -> None:
+            pass
+
+    def counted(self: Any, row: dict[str, Any]) -> None:
+        nonlocal count
+        count += 1
+        if count == call and self._file is not None:
+            self._file.close()
+            self._file = Refusing()
+        write(self, row)
+
+    MetricsLog.write = counted
+
+
 def crash(point: str, call: int, rank: int) -> None:
     """A defect: an exception nobody expects."""
 

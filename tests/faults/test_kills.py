@@ -69,4 +69,3 @@ def test_the_launcher_killed(runner, reference, report, tmp_path):
     runner.finish(tmp_path / "run")
     assert outcome(tmp_path / "run") == reference
     report("SIGKILL of the launcher", "ranks ended with it, lock free at once")
-
