@@ -8,7 +8,7 @@ Three operations, each on random models whose student is near its teacher:
 | `heads` | BF16 hidden states and heads | both output heads and KL; also with half the tokens ignored |
 | `errors` | the same, smaller | loss bias and gradient errors against FP64 from the same BF16 numbers |
 
-Contestants: `megaqad` (what `impl="auto"` takes), its PyTorch kernel (`megaqad_torch`), its reference; `plain`, which is
+Contestants: `megaqad` (what `impl="auto"` takes), its PyTorch kernel (`megaqad_torch`), its reference; `plain`, that is
 `F.kl_div` of two FP32 `log_softmax`; ModelOpt's `LogitsKLLoss`, fed by a BF16 head as Megatron-Core's output layer
 feeds it; Liger's chunked loss where it is installed; for `heads` also the four matrix products alone, in the given
 type (`products`) and in FP32 (`products_fp32`), in which the CPU has to run them for FP32 logits.
