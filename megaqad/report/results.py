@@ -146,6 +146,8 @@ def read_curve(path: Path) -> Curve:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)
+            if not isinstance(row, dict):
+                raise TypeError(f"{row!r} is no object")
             if row.get("loss") is not None:  # null: a step that was skipped because its loss was not finite
                 steps.append(StepRow(**_picked(StepRow, row)))
             if "validation" in row:
