@@ -94,8 +94,11 @@ def _gather(local: Tensor, group: dist.ProcessGroup, *, dim: int) -> Tensor:
     """Concatenate the ranks' tensors, which may differ in size along ``dim``."""
     if group.size() == 1:
         return local
-    shapes: list[torch.Size] = [torch.Size()] * group.size()
-    dist.all_gather_object(shapes, local.shape, group=group)
-    parts = [torch.empty(shape, dtype=local.dtype, device=local.device) for shape in shapes]
-    dist.all_gather(parts, local.contiguous(), group=group)
-    return torch.cat(parts, dim=dim)
+    sizes: list[int] = [0] * group.size()
+    dist.all_gather_object(sizes, local.shape[dim], group=group)
+    # Collectives want equal shapes: pad to the largest part, gather, cut.
+    padded = local.new_zeros(*local.shape[:dim], max(sizes), *local.shape[dim + 1 :])
+    padded.narrow(dim, 0, local.shape[dim]).copy_(local)
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, sizes, strict=True)], dim=dim)

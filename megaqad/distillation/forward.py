@@ -12,9 +12,11 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megaqad.models.causal_lm import CausalLM
+
 
 @torch.no_grad()
-def forward_hidden(chunks: Sequence[torch.nn.Module], tokens: Sequence[Tensor]) -> list[Tensor]:
+def forward_hidden(chunks: Sequence[CausalLM], tokens: Sequence[Tensor]) -> list[Tensor]:
     """Run microbatches through the pipeline without gradients.
 
     Args:
@@ -30,6 +32,9 @@ def forward_hidden(chunks: Sequence[torch.nn.Module], tokens: Sequence[Tensor]) 
     if not tokens:
         return []
     micro_batch_size, sequence_length = tokens[0].shape
+    # The interleaved schedule takes a multiple of the stages: the last microbatch runs again, its result is dropped.
+    stages = chunks[0].config.pipeline_model_parallel_size if len(chunks) > 1 else 1
+    scheduled = [*tokens, *[tokens[-1]] * (-len(tokens) % stages)]
 
     def forward_step(batches: Iterator[Tensor], model: torch.nn.Module) -> tuple[Tensor, Any]:
         def keep(hidden: Tensor, non_loss_data: bool) -> Tensor:
@@ -39,7 +44,7 @@ def forward_hidden(chunks: Sequence[torch.nn.Module], tokens: Sequence[Tensor]) 
         return model(next(batches)), keep
 
     # Every virtual chunk reads the same microbatches in the same order, each from an iterator of its own.
-    iterators = [iter(tokens) for _ in chunks]
+    iterators = [iter(scheduled) for _ in chunks]
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
@@ -47,7 +52,7 @@ def forward_hidden(chunks: Sequence[torch.nn.Module], tokens: Sequence[Tensor]) 
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks),
-        num_microbatches=len(tokens),
+        num_microbatches=len(scheduled),
         seq_length=sequence_length,
         micro_batch_size=micro_batch_size,
         forward_only=True,
@@ -55,7 +60,7 @@ def forward_hidden(chunks: Sequence[torch.nn.Module], tokens: Sequence[Tensor]) 
     )
     for chunk, was_training in zip(chunks, training, strict=True):
         chunk.train(was_training)
-    return list(hidden)
+    return list(hidden)[: len(tokens)]
 
 
 def flatten_tokens(values: Tensor) -> Tensor:
