@@ -2,12 +2,11 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megaqad.commands.session import Session
-from megaqad.config import Settings
 from megaqad.distillation.step import DistillationStep, Objective
 from megaqad.evaluation import Evaluation, Evaluator
 from megaqad.identity import identity_of
@@ -123,11 +122,6 @@ def load_student(session: Session) -> list[CausalLM]:
     if not session.recipe.enabled and session.settings.student == "auto":
         return session.teacher
     return ready_to_ship(session, session.student_from(session.chosen_student()))
-
-
-def with_objective(settings: Settings, objective: Objective) -> Settings:
-    """The same settings for a run with another objective."""
-    return replace(settings, distill=replace(settings.distill, objective=objective.value))
 
 
 def as_column(evaluation: Evaluation) -> dict[str, float]:
