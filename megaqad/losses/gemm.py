@@ -37,8 +37,9 @@ def logits_(out: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
     """out [n, V_local] FP32 = hidden [n, H] @ head^T."""
     if _direct(head, hidden) and head.dtype != torch.float32:
         return torch.mm(hidden, head.t(), out_dtype=torch.float32, out=out)
+    hidden = hidden.float()
     for rows, tile in _tiles(head):
-        torch.mm(hidden.float(), tile.t(), out=out[:, rows])
+        torch.mm(hidden, tile.t(), out=out[:, rows])
     return out
 
 
@@ -56,5 +57,5 @@ def accumulate_head_gradient_(total: Tensor, logit_gradient: Tensor, hidden: Ten
     """total [V_local, H] FP32 += logit_gradient [n, V_local]^T @ hidden [n, H]."""
     if hidden.is_cuda and hidden.dtype != torch.float32:
         narrow = logit_gradient.to(hidden.dtype)
-        return total.add_(torch.mm(narrow.t(), hidden, out_dtype=torch.float32))
+        return torch.addmm(total, narrow.t(), hidden, out_dtype=torch.float32, out=total)
     return total.addmm_(logit_gradient.t(), hidden.float())

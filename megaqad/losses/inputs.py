@@ -155,7 +155,7 @@ def local_labels(labels: Tensor, vocab_start: int, columns: int) -> Tensor:
     return local.where((local >= 0) & (local < columns), ELSEWHERE)
 
 
-def whole_sequence(model: Model, layout: Layout) -> Tensor:
-    """Hidden states of all tokens [N, H]; one all-gather under sequence parallelism."""
-    hidden = model.hidden.detach()
-    return gather_sequence(hidden, layout.group) if layout.sequence_parallel else hidden
+def whole_sequence(model: Model, layout: Layout) -> Model:
+    """The model, detached, with the hidden states of all tokens [N, H]; one all-gather under sequence parallelism."""
+    hidden, head = model.hidden.detach(), model.head.detach()
+    return Model(gather_sequence(hidden, layout.group) if layout.sequence_parallel else hidden, head)

@@ -52,42 +52,41 @@ class _Plan:
 def _run(student: Model, teacher: Model | None, plan: _Plan) -> _Outcome:
     """All chunks of one call. Collectives: see `linear_divergence`."""
     work = inputs.agree_on_work(student, teacher, plan.tokens, plan.layout, hidden_gradient=plan.wants_hidden)
-    student_hidden = inputs.whole_sequence(student, plan.layout)
-    teacher_hidden = None if teacher is None else inputs.whole_sequence(teacher, plan.layout)
-    device, columns = student_hidden.device, student.head.shape[0]
+    student = inputs.whole_sequence(student, plan.layout)
+    teacher = None if teacher is None else inputs.whole_sequence(teacher, plan.layout)
     longest = max((chunk.shape[0] for chunk in work.chunks), default=0)
-    buffers = torch.empty(1 if teacher is None else 2, longest, columns, dtype=torch.float32, device=device)
-    token_loss = torch.zeros(plan.tokens.weights.shape[0], dtype=torch.float64, device=device)
-    hidden_gradient = torch.zeros_like(student_hidden, dtype=torch.float32) if work.any_hidden_gradient else None
+    buffers = student.head.new_empty(1 if teacher is None else 2, longest, len(student.head), dtype=torch.float32)
+    token_loss = student.head.new_zeros(len(plan.tokens.weights), dtype=torch.float64)
+    hidden_gradient = torch.zeros_like(student.hidden, dtype=torch.float32) if work.any_hidden_gradient else None
     head_gradient = torch.zeros_like(student.head, dtype=torch.float32) if plan.wants_head else None
     for tokens in work.chunks:
-        hidden = student_hidden[tokens]
-        evaluation = plan.objective.open(
-            Chunk(
-                gemm.logits_(buffers[0, : len(tokens)], hidden, student.head.detach()),
-                None
-                if teacher is None or teacher_hidden is None
-                else gemm.logits_(buffers[1, : len(tokens)], teacher_hidden[tokens], teacher.head.detach()),
-                None
-                if plan.tokens.labels is None
-                else inputs.local_labels(plan.tokens.labels[tokens], plan.tokens.vocab_start, columns),
-            ),
-            plan.kernel,
-        )
+        chunk = _logits(student, teacher, plan.tokens, tokens, buffers)
+        evaluation = plan.objective.open(chunk, plan.kernel)
         for _ in range(evaluation.rounds):
             evaluation.merge(kl.gathered_statistics(evaluation.local(), plan.layout.group))
         token_loss[tokens] = evaluation.loss
         if hidden_gradient is None and head_gradient is None:
             continue
-        slope = buffers[0, : len(tokens)]
+        slope = chunk.student  # the gradient takes the place of the logits
         evaluation.gradient(ALL, plan.tokens.weights[tokens].double(), out=slope)
         if hidden_gradient is not None:
-            hidden_gradient[tokens] = gemm.hidden_gradient(slope, student.head.detach())
+            hidden_gradient[tokens] = gemm.hidden_gradient(slope, student.head)
         if head_gradient is not None:
-            gemm.accumulate_head_gradient_(head_gradient, slope, hidden)
-    # weight 0 times a token's stored 0 is 0; the token's own loss was never computed
-    loss = (token_loss * plan.tokens.weights).sum().float()
+            gemm.accumulate_head_gradient_(head_gradient, slope, student.hidden[tokens])
+    loss = (token_loss * plan.tokens.weights).sum().float()  # of a token without weight the stored loss is 0
     return _Outcome(token_loss.float(), loss, _reduced(hidden_gradient, plan.layout), head_gradient)
+
+
+def _logits(student: Model, teacher: Model | None, all_tokens: Tokens, chosen: Tensor, buffers: Tensor) -> Chunk:
+    """Logits of the chosen tokens, written into `buffers` [models, tokens, V_local] FP32."""
+    labels = None
+    if all_tokens.labels is not None:
+        labels = inputs.local_labels(all_tokens.labels[chosen], all_tokens.vocab_start, len(student.head))
+    first, *rest = buffers[:, : len(chosen)]
+    logits = gemm.logits_(first, student.hidden[chosen], student.head)
+    return Chunk(
+        logits, None if teacher is None else gemm.logits_(rest[0], teacher.hidden[chosen], teacher.head), labels
+    )
 
 
 def _reduced(partial: Tensor | None, layout: Layout) -> Tensor | None:
@@ -105,30 +104,26 @@ class _GradientsInForwardThenScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, teacher: Model | None, plan: _Plan) -> tuple[Tensor, Tensor]:
         outcome = _run(Model(hidden, head), teacher, plan)
-        ctx.accumulate_into = plan.accumulate_into
-        ctx.hidden_gradient = None
-        if plan.wants_hidden and outcome.hidden_gradient is not None:
-            ctx.hidden_gradient = outcome.hidden_gradient.to(hidden.dtype)
-        ctx.head_gradient = outcome.head_gradient
-        if ctx.head_gradient is not None and plan.accumulate_into is None:
-            ctx.head_gradient = ctx.head_gradient.to(head.dtype)
+        ctx.accumulate_into, ctx.types = plan.accumulate_into, (hidden.dtype, head.dtype)
+        ctx.gradients = (outcome.hidden_gradient if plan.wants_hidden else None, outcome.head_gradient)
         ctx.mark_non_differentiable(outcome.token_loss)
         return outcome.loss, outcome.token_loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_gradient, head_gradient = ctx.hidden_gradient, ctx.head_gradient
-        if hidden_gradient is None and head_gradient is None:
+        if ctx.gradients is None:
             raise RuntimeError("the gradients of this loss were already handed out; call the loss again")
-        ctx.hidden_gradient = ctx.head_gradient = None
+        hidden_gradient, head_gradient = ctx.gradients
+        ctx.gradients = None
+        # scaled in place in FP32 and only then rounded to the inputs' type, once
         if hidden_gradient is not None:
-            hidden_gradient.mul_(grad_loss)
+            hidden_gradient = hidden_gradient.mul_(grad_loss).to(ctx.types[0])
         if head_gradient is not None and ctx.accumulate_into is not None:
             ctx.accumulate_into.add_(head_gradient.mul_(grad_loss))
             head_gradient = None
         elif head_gradient is not None:
-            head_gradient.mul_(grad_loss)
+            head_gradient = head_gradient.mul_(grad_loss).to(ctx.types[1])
         return hidden_gradient, head_gradient, None, None
 
 
@@ -163,8 +158,9 @@ def linear_divergence(
 
     Tokens of weight 0 take no part in any product and may hold NaN. `accumulate_into` (FP32 [V_local, H_s],
     Megatron-Core's `main_grad` of the head) receives the head's gradient in backward, added in FP32; autograd then
-    gets None for the head. Backward may run once per call. Raises ValueError, on every rank, for arguments that do
-    not fit together.
+    gets None for the head. Backward may run once per call. A head padded to a round number of rows: give `head[:rows]`,
+    the rows that are vocabulary, for both models; padding then takes no part, and its gradient is 0. Raises
+    ValueError, on every rank, for arguments that do not fit together.
     """
     teacher = None
     if objective.needs_teacher:

@@ -65,15 +65,15 @@ def compare_heads(
     tokens, layout = Tokens(token_weights, labels, vocab_start), Layout(group, sequence_parallel)
     kernel = kernels.choose(impl, student_head.device, {torch.float32})
     work = inputs.agree_on_work(student, teacher, tokens, layout, hidden_gradient=False)
-    hidden_s, hidden_t = (inputs.whole_sequence(model, layout) for model in (student, teacher))
+    student, teacher = inputs.whole_sequence(student, layout), inputs.whole_sequence(teacher, layout)
     columns, count = student_head.shape[0], token_weights.shape[0]
     longest = max((chunk.shape[0] for chunk in work.chunks), default=0)
     buffers = torch.empty(2, longest, columns, dtype=torch.float32, device=student_hidden.device)
     losses = torch.zeros(3, count, dtype=torch.float32, device=student_hidden.device)
     agreement = torch.zeros(count, dtype=torch.bool, device=student_hidden.device)
     for chosen in work.chunks:
-        logits_s = gemm.logits_(buffers[0, : len(chosen)], hidden_s[chosen], student_head)
-        logits_t = gemm.logits_(buffers[1, : len(chosen)], hidden_t[chosen], teacher_head)
+        logits_s = gemm.logits_(buffers[0, : len(chosen)], student.hidden[chosen], student.head)
+        logits_t = gemm.logits_(buffers[1, : len(chosen)], teacher.hidden[chosen], teacher.head)
         places = inputs.local_labels(labels[chosen], vocab_start, columns)
         statistics = [
             kernel.statistics(logits_s, logits_t, temperature=1.0),

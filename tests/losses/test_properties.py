@@ -1,6 +1,6 @@
 """For any logits and any cut of the vocabulary: shards merge to the dense result, and KL behaves as a divergence."""
 
-import itertools
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_any_cut_of_the_vocabulary(kernel, cuts: list[int], seed: int, size: flo
     student, teacher = (size * torch.randn(3, 97, generator=draw) for _ in range(2))
     student[0, ::7] = teacher[0, ::7] = -torch.inf
     edges = [0, *sorted(cuts), 97]
-    shards = [slice(first, last) for first, last in itertools.pairwise(edges)]
+    shards = [slice(first, last) for first, last in pairwise(edges)]
     local = [kernel.statistics(student[:, s], teacher[:, s], temperature=temperature) for s in shards]
     sums = kl.merge(torch.stack(local).float(), temperature)
     true_kl, true_gradient = dense_kl_and_gradient(student, teacher, torch.ones(3), temperature)
