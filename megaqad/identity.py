@@ -24,7 +24,7 @@ from megaqad.runtime.lock import DirectoryLock
 FILE = "run.json"
 NOT_IDENTITY_IN_TRAIN = ("micro_batch_size", "recompute", "stop_after", "max_bad_steps")
 TRAINING_COMMANDS = ("distill", "recover", "demo", "pretrain")
-CONTENT_KEYS = {"model": "model", "tokenizer": "tokenizer", "data.tokens": "training data"}
+CONTENT_KEYS = {"model": "model", "tokenizer": "tokenizer", "data.tokens": "set of training tokens"}
 """Facts that are digests: what differs is said in words."""
 WHOLE_FILE_BYTES = 64 * 1024 * 1024
 """Weight files up to this size are read whole for the fingerprint."""
@@ -118,8 +118,11 @@ def check_same_run(recorded: Mapping[str, Any], wanted: Mapping[str, Any], allow
         )
 
 
-def check_output_dir(command: str, settings: Settings) -> None:
+def check_output_dir(command: str, settings: Settings, tokens: str | None = None) -> None:
     """Refuse an ``output_dir`` that holds something else than this run.
+
+    Args:
+        tokens: digest of the training tokens, where they are known already.
 
     Raises:
         UserError: a file in its place, a non-empty directory that is no run, or a run with other settings; the first
@@ -133,11 +136,15 @@ def check_output_dir(command: str, settings: Settings) -> None:
     recorded = _read(run_dir)
     if recorded is None:
         raise UserError(f"output_dir={run_dir} is not empty and holds no {FILE}: give a new or empty directory")
-    check_same_run(recorded, identity_of(command, settings), settings.resume.allow, f"output_dir={run_dir}")
+    wanted = identity_of(command, settings) | ({"data.tokens": tokens} if tokens is not None else {})
+    check_same_run(recorded, wanted, settings.resume.allow, f"output_dir={run_dir}")
 
 
-def claim_output_dir(command: str, settings: Settings) -> DirectoryLock:
+def claim_output_dir(command: str, settings: Settings, tokens: str) -> DirectoryLock:
     """Take the directory for this run and record it there; call on the main rank, before anything is written.
+
+    Args:
+        tokens: digest of the training tokens: text may have changed under its name.
 
     Returns:
         The lock, held until it is released or the process ends.
@@ -149,8 +156,8 @@ def claim_output_dir(command: str, settings: Settings) -> DirectoryLock:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = DirectoryLock(run_dir, command)
-        check_output_dir(command, settings)
-        record = (_read(run_dir) or {}) | identity_of(command, settings)
+        check_output_dir(command, settings, tokens)
+        record = (_read(run_dir) or {}) | identity_of(command, settings) | {"data.tokens": tokens}
         write_text_whole(run_dir / FILE, json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"output_dir={run_dir} cannot be written ({error.strerror}): give another") from error

@@ -61,7 +61,8 @@ class Session:
         if command is not None:
             terminal.say(f"data: {session.data_facts}")
             with together():
-                session.lock = claim_output_dir(command, settings) if context.is_main else None
+                if context.is_main:
+                    session.lock = claim_output_dir(command, settings, session.data.train.fingerprint())
             if session.lock is not None and not session.lock.supported:
                 terminal.say(f"{settings.run_dir} is on a file system without locks: let no second run use it")
         return session

@@ -145,6 +145,7 @@ class Loop:
         stop, unfinished, failed, log_problem = flags.tolist()
         self.saver.advance(SaveStatus(bool(unfinished), bool(failed)))
         if log_problem:
+            self.saver.finish(tick)
             raise_together(self.log.problem)
         if position.bad_in_a_row >= self.settings.max_bad_steps:
             self.saver.finish(tick)

@@ -136,9 +136,10 @@ class PieceReader:
         return whole.reshape(-1)[piece.start : piece.stop].clone()
 
     def read_whole(self, key: str) -> Tensor:
-        """A tensor that lies in one piece: flat. Its key is one of ``names()``."""
-        piece = self._stored[key][0].piece
-        return self.read(Piece(key, piece.global_shape, piece.box, 0, piece.box.numel))
+        """A tensor in its global shape. Its key is one of ``names()``."""
+        shape = self._stored[key][0].piece.global_shape
+        box = Box((0,) * len(shape), shape)
+        return self.read(Piece(key, shape, box, 0, box.numel)).reshape(shape)
 
     def _run_of_box(self, parts: Sequence[StoredPiece], start: int, stop: int) -> Tensor:
         """[stop - start]: elements [start, stop) of a flattened box, which ``parts`` cover together."""

@@ -17,8 +17,8 @@ from tests.models.checkpoints import make_checkpoint
 
 SEED = int(os.environ.get("FAULT_SEED") or secrets.randbelow(10**6))
 MOMENTS = int(os.environ.get("FAULT_MOMENTS") or 20)
-TABLE: list[tuple[str, str, str]] = []
-"""Rows: fault, what was seen, result."""
+TABLE: dict[str, list[str]] = {}
+"""Fault -> what was seen, once per test that passed."""
 
 
 @pytest.fixture(scope="session")
@@ -53,10 +53,10 @@ def moments() -> random.Random:
 
 @pytest.fixture
 def report():
-    """Add a row to the table: what was seen, in words. Reached only when the test's assertions hold."""
+    """Add to the table: the fault, what was seen, in words. Reached only when the test's assertions hold."""
 
     def add(fault: str, seen: str) -> None:
-        TABLE.append((fault, seen, "equal, bit for bit"))
+        TABLE.setdefault(fault, []).append(seen)
 
     return add
 
@@ -65,7 +65,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
     if not TABLE:
         return
     terminalreporter.write_sep("=", f"fault matrix, FAULT_SEED={SEED}")
-    terminalreporter.write_line("| fault | seen | weights, moments, random state and metrics after going on |")
-    terminalreporter.write_line("|---|---|---|")
-    for fault, seen, result in TABLE:
-        terminalreporter.write_line(f"| {fault} | {seen} | {result} |")
+    terminalreporter.write_line("| fault | times | seen | weights, moments, random state and metrics after going on |")
+    terminalreporter.write_line("|---|---|---|---|")
+    for fault, seen in TABLE.items():
+        words = "; ".join(dict.fromkeys(seen))
+        terminalreporter.write_line(f"| {fault} | {len(seen)} | {words} | equal, bit for bit |")
