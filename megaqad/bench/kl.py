@@ -40,7 +40,8 @@ _ERRORS = (64, 16000, 512)
 _LOGIT_STD, _NOISE = 5.0, 0.018
 _IGNORE = -100
 
-Run = Callable[[], object]
+Run = Callable[[], "list[Tensor | None]"]
+"""forward and backward; returns the gradients"""
 Contestants = dict[str, Callable[[], Run]]
 """name -> prepares fresh leaves, untimed, and gives the call to time"""
 
@@ -170,7 +171,12 @@ def logits_contestants(tokens: int, vocabulary: int, device: torch.device, seed:
     def contestant(token_kl: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Run]:
         def prepare() -> Run:
             leaf = student.clone().requires_grad_()
-            return lambda: token_kl(leaf, teacher).mean().backward()
+
+            def run() -> list[Tensor | None]:
+                token_kl(leaf, teacher).mean().backward()
+                return [leaf.grad]
+
+            return run
 
         return prepare
 
@@ -194,11 +200,12 @@ def head_contestants(problem: Problem) -> Contestants:
         def prepare() -> Run:
             hidden, head = problem.leaves()
 
-            def run() -> None:
+            def run() -> list[Tensor | None]:
                 loss, _ = linear_kl(
                     hidden, head, problem.hidden_t, problem.head_t, token_weights=problem.weights, impl=impl
                 )
                 loss.backward()
+                return [hidden.grad, head.grad]
 
             return run
 
@@ -208,9 +215,10 @@ def head_contestants(problem: Problem) -> Contestants:
         def prepare() -> Run:
             hidden, head = problem.leaves()
 
-            def run() -> None:
+            def run() -> list[Tensor | None]:
                 values = token_kl(hidden @ head.t(), problem.hidden_t @ problem.head_t.t())
                 (values * problem.weights).sum().backward()
+                return [hidden.grad, head.grad]
 
             return run
 
@@ -235,11 +243,19 @@ def _liger(problem: Problem, kept: Tensor) -> Run:
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
     labels = torch.where(kept, 0, _IGNORE)
     hidden, head = problem.leaves()
-    return lambda: loss(hidden, head, problem.hidden_t, problem.head_t, labels).backward()
+
+    def run() -> list[Tensor | None]:
+        loss(hidden, head, problem.hidden_t, problem.head_t, labels).backward()
+        return [hidden.grad, head.grad]
+
+    return run
 
 
-def _products(problem: Problem, dtype: torch.dtype) -> None:
-    """The two heads, and the gradients of hidden states and head, and nothing between them; 512 tokens at a time."""
+def _products(problem: Problem, dtype: torch.dtype) -> list[Tensor | None]:
+    """The two heads, and the gradients of hidden states and head, and nothing between them; 512 tokens at a time.
+
+    What stands for the gradient of the logits is the logits, so the results mean nothing.
+    """
     head_s, head_t = problem.head_s.to(dtype), problem.head_t.to(dtype)
     total = torch.zeros_like(head_s)
     for rows in range(0, len(problem.weights), 512):
@@ -248,6 +264,7 @@ def _products(problem: Problem, dtype: torch.dtype) -> None:
         torch.mm(hidden_s, head_s.t(), out=logits)
         torch.mm(logits, head_s)
         total.addmm_(logits.t(), hidden_s)
+    return []
 
 
 def _measure(contestants: Contestants, device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:

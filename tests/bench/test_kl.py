@@ -1,0 +1,55 @@
+"""`bench kl`: the contestants compute the same thing, and the rows say what was measured."""
+
+import json
+
+import pytest
+import torch
+
+from megaqad.bench import kl as bench
+from tests.losses.oracle import relative_error
+
+CPU = torch.device("cpu")
+
+
+def test_contestants_on_logits_agree() -> None:
+    contestants = bench.logits_contestants(20, 500, CPU, seed=0)
+    gradients = {name: prepare()()[0] for name, prepare in contestants.items()}
+    assert set(gradients) == {"megaqad", "megaqad_torch", "megaqad_reference", "plain", "modelopt"}
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, gradients["megaqad_reference"]) <= 3e-3, name
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_contestants_on_heads_agree_as_far_as_their_logits_do(share: float) -> None:
+    problem = bench.ignore(bench.make_problem(40, 500, 64, CPU, seed=0), share)
+    assert int((problem.weights == 0).sum()) == 40 * share
+    torch.testing.assert_close(problem.weights.sum(), torch.tensor(1.0))
+    contestants = bench.head_contestants(problem)
+    ours = contestants["megaqad"]()()
+    for name in set(contestants) - {"products", "products_fp32"}:
+        bound = 3e-3 if name.startswith("megaqad") else 1.0  # BF16 logits: that is the finding
+        for gradient, expected in zip(contestants[name]()(), ours, strict=True):
+            assert relative_error(gradient, expected) <= bound, name
+
+
+def test_rows(monkeypatch) -> None:
+    monkeypatch.setattr(bench, "_ERRORS", (32, 2000, 64))
+    rows = list(bench.bench_kl([(30, 400)], [(40, 500, 16)], device="cpu", repeats=2))
+    assert json.loads(json.dumps(rows)) == rows
+    assert {row["bench"] for row in rows} == {"kl"}
+    errors = {row["impl"]: row for row in rows if row["operation"] == "errors"}
+    assert errors["megaqad"]["hidden_gradient_error"] <= 5e-3
+    assert errors["modelopt"]["hidden_gradient_error"] >= 0.1
+    timed = [row for row in rows if row["operation"] != "errors"]
+    assert {(row["operation"], row["ignored"]) for row in timed} == {("logits", 0.0), ("heads", 0.0), ("heads", 0.5)}
+    for row in timed:
+        assert 0 < row["seconds_min"] <= row["seconds"]
+        assert row["peak_tensor_bytes"] > 0
+        assert (row["impl"] == "modelopt") <= (row["ratio_to_modelopt"] == 1.0)
+    memory = {(row["operation"], row["impl"]): row["peak_tensor_bytes"] for row in timed}
+    assert memory["logits", "megaqad"] < memory["logits", "modelopt"] / 5
+
+
+def test_a_round_is_the_least() -> None:
+    with pytest.raises(ValueError, match="repeats must be at least 1, not 0"):
+        next(bench.bench_kl(repeats=0))
