@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,12 +89,17 @@ class Runner:
         return command.output
 
 
-def wait_for(path: Path, seconds: float = 240.0) -> None:
-    """Until a running command has made ``path``."""
+def wait_until(condition: Callable[[], bool], seconds: float = 240.0) -> None:
+    """Look again and again until ``condition`` holds."""
     deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+def wait_for(path: Path) -> None:
+    """Until a running command has made ``path``."""
+    wait_until(path.exists)
 
 
 def newest_step(run_dir: Path) -> int:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.faults.runs import metrics, newest_step, outcome, wait_for
+from tests.faults.runs import metrics, newest_step, outcome, wait_for, wait_until
 
 STOPPED = 3
 SLOW = [("slow", "data", 0.3)]
@@ -36,7 +36,7 @@ def test_one_signal_to_one_rank(runner, reference, report, tmp_path):
     wait_for_step(run_dir, 2)
     command.signal(signal.SIGTERM, rank=1)
     assert command.wait() == STOPPED, command.output
-    stopped_at = newest_step(run_dir)
+    assert newest_step(run_dir) == len(metrics(run_dir))
     runner.finish(run_dir)
     assert outcome(run_dir) == reference
     report("SIGTERM to one rank only", "exit code 3, saved at the next step")
@@ -103,7 +103,4 @@ def test_a_signal_before_training(runner, reference, report, tmp_path):
 
 def wait_for_step(run_dir, step):
     wait_for(run_dir / "metrics.jsonl")
-    deadline = time.monotonic() + 240
-    while len((run_dir / "metrics.jsonl").read_text().splitlines()) < step:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: len((run_dir / "metrics.jsonl").read_text().splitlines()) >= step)

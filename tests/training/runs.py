@@ -68,8 +68,11 @@ def differences(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     assert one.keys() == other.keys()
     found = []
     for name, first in one.items():
-        rows = min(first.shape[0], other[name].shape[0]) if first.ndim else None
-        if not torch.equal(first[:rows], other[name][:rows]):
+        second = other[name]
+        if first.shape != second.shape:
+            rows = min(first.shape[0], second.shape[0])
+            first, second = first[:rows], second[:rows]  # noqa: PLW2901
+        if not torch.equal(first, second):
             found.append(name)
     return found
 

@@ -1,0 +1,17 @@
+"""The property of ``layouts.py`` on a few configurations, always the same; ``make test-faults`` draws more."""
+
+from hypothesis import HealthCheck, given, settings
+
+from tests.models.checkpoints import make_checkpoint
+from tests.training.layouts import check, configurations
+
+MADE = {}
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(configuration=configurations())
+def test_accepted_ones_train_and_resume_refused_ones_say_why(configuration, tmp_path_factory):
+    name, overrides, ranks = configuration
+    if name not in MADE:
+        MADE[name] = make_checkpoint(name, tmp_path_factory.mktemp(name))
+    check(MADE[name], overrides, ranks, tmp_path_factory.getbasetemp())
