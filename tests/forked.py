@@ -38,7 +38,8 @@ class Command:
     @property
     def output(self) -> str:
         """Standard output and error so far."""
-        return (self.folder / "output").read_text(errors="replace")
+        path = self.folder / "output"
+        return path.read_text(errors="replace") if path.exists() else ""
 
     def ranks(self) -> dict[int, int]:
         """Process ids of the ranks that have been started, by rank."""

@@ -8,7 +8,7 @@ from tests.training.layouts import check, configurations
 MADE = {}
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(configuration=configurations())
 def test_accepted_ones_train_and_resume_refused_ones_say_why(configuration, tmp_path_factory):
     name, overrides, ranks = configuration
