@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megaqad.errors import UserError
 from megaqad.models.checkpoint_files import INDEX_FILE, SINGLE_FILE
+from megaqad.runtime.files import write_safetensors
 from megaqad.runtime.parallel import ParallelContext
 
 MAX_FILE_BYTES = 5_000_000_000
@@ -109,7 +109,7 @@ class HfFiles:
                 name, tensor = next(stream)
                 assert name == expected, f"{name} came where {expected} was planned"
                 held[name] = tensor.contiguous()
-            save_file(held, folder / file, metadata={"format": "pt"})
+            write_safetensors(folder / file, held, {"format": "pt"})
         assert next(stream, None) is None, "the stream holds more tensors than planned"
         if len(plan) > 1:
             weight_map = {name: file for file, names in plan.items() for name in names}

@@ -79,7 +79,7 @@ def write_text_whole(path: Path, text: str) -> FileDigest:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> FileDigest:
-    """Write CPU tensors of any shape to a new safetensors file and flush it.
+    """Write tensors of any shape and device to a new safetensors file and flush it.
 
     Args:
         path: must not exist.
@@ -120,7 +120,7 @@ def _safetensors_blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, st
     text += b" " * (-len(text) % 8)
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for tensor in tensors.values():
-        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         for start in range(0, len(data), BLOCK_BYTES):
             yield data[start : start + BLOCK_BYTES]
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -89,20 +90,26 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return rows
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return rows
 
 
 def _start_wandb(run_dir: Path, settings: Settings) -> Any:
-    """A wandb run, or None when disabled. Its key comes from wandb's own login or environment, never from settings."""
+    """A wandb run, or None when disabled. Its key comes from wandb's own login or environment, never from settings.
+
+    A run that is gone on with is one run there too: its id stands in the run's directory.
+    """
     if settings.logging.wandb.mode == "disabled":
         return None
     import wandb
 
+    id_file = run_dir / ".wandb_id"
+    if not id_file.exists():
+        write_text_whole(id_file, secrets.token_hex(4))
     return wandb.init(
+        id=id_file.read_text(encoding="utf-8").strip(),
+        resume="allow",
         project=settings.logging.wandb.project,
         mode="online" if settings.logging.wandb.mode == "online" else "offline",
         dir=str(run_dir),

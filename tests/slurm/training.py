@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-STEPS = 24
+STEPS = 40
 CHECKPOINT_EVERY = 4
 OPTIONS = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--time=60")
 SETTINGS = (
