@@ -18,8 +18,8 @@ from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import ModelDescription, describe_model
 from megaqad.models.hf_reader import load_weights
 from megaqad.quantization.layers import QuantizerMode
-from megaqad.quantization.recipe import Recipe, recipe_for
-from megaqad.quantization.state import calibrate, linear_for, refresh_weights, set_mode
+from megaqad.quantization.recipe import Recipe, misfits, recipe_for
+from megaqad.quantization.state import calibrate, modules_for, refresh_weights, set_mode
 from megaqad.runtime.agree import together
 from megaqad.runtime.duration import seconds_of
 from megaqad.runtime.lock import DirectoryLock
@@ -73,7 +73,11 @@ class Session:
 
     @cached_property
     def recipe(self) -> Recipe:
-        return recipe_for(self.settings.quantization, self.description)
+        recipe = recipe_for(self.settings.quantization, self.description, self.context.sizes.tensor)
+        kept = misfits(recipe)
+        if kept:
+            self.terminal.say(f"kept in BF16, because they do not divide into blocks: {', '.join(kept)}")
+        return recipe
 
     @cached_property
     def data(self) -> Datasets:
@@ -107,9 +111,9 @@ class Session:
             recompute=self.settings.train.recompute,
             initialize=initialize,
         )
-        return build_model(
-            self.description, config, self.context, linear_for=linear_for(recipe) if recipe is not None else None
-        )
+        if recipe is None:
+            return build_model(self.description, config, self.context)
+        return build_model(self.description, config, self.context, **modules_for(recipe, self.description))
 
     def random_model(self) -> list[CausalLM]:
         """A model with random weights and no quantizers."""

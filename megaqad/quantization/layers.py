@@ -50,6 +50,12 @@ class _StraightThrough(torch.autograd.Function):
         return grads[0], None
 
 
+def straight_through(weight: Tensor, quantized: Tensor) -> Tensor:
+    """The values of ``quantized`` with their gradient handed to ``weight``."""
+    result: Tensor = _StraightThrough.apply(weight, quantized)
+    return result
+
+
 class _QuantizedLinear(torch.nn.Module):
     """The quantizers of one parallel linear layer; mixed in before Megatron-Core's layer.
 
@@ -99,7 +105,7 @@ class _QuantizedLinear(torch.nn.Module):
         if self.mode is QuantizerMode.CALIBRATE:
             self.input_amax.copy_(torch.maximum(self.input_amax, tensor_amax(input.detach())))
         elif self.mode is QuantizerMode.ON:
-            weight = _StraightThrough.apply(weight, self.quantized_weight)
+            weight = straight_through(weight, self.quantized_weight)
             if self.quantization.activations != "none":
                 input = number_format(self.quantization.activations).round_input(input, self.input_amax)
         return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]

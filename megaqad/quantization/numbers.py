@@ -17,6 +17,7 @@ the float32 quotient, not from ``log2``, which is off by one next to a power of 
 """
 
 from abc import ABC, abstractmethod
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -183,7 +184,7 @@ class MXFP4(_Microscaled):
 
     def quantize_weight(self, weight: Tensor, amax: Tensor) -> Packed:
         scaled, exponents = self._scaled(weight)
-        midpoints = [(low + high) / 2 for low, high in zip(E2M1_VALUES, E2M1_VALUES[1:], strict=False)]
+        midpoints = [(low + high) / 2 for low, high in pairwise(E2M1_VALUES)]
         bounds = torch.tensor(midpoints, dtype=torch.float32, device=weight.device)
         magnitude = torch.bucketize(scaled.abs(), bounds)  # how many midpoints lie below: ties go towards zero
         codes = (magnitude + 8 * ~(scaled > 0)).flatten(-2).to(torch.uint8)  # ModelOpt's zero carries the sign bit
