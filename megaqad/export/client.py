@@ -255,7 +255,7 @@ def _expected_tensors(client: Client) -> dict[str, tuple[torch.dtype, tuple[int,
         for ending, (dtype, covers) in client.layout(module).tensors.items():
             expected[f"{module}.{ending}"] = (dtype, (rows, inputs // covers) if covers else ())
     if client.kv_cache is not None:
-        expected |= {name: (torch.float32, ()) for name in _cache_scales(client)}
+        expected |= dict.fromkeys(_cache_scales(client), (torch.float32, ()))
     return expected
 
 
@@ -395,7 +395,7 @@ def _input_rounding(
 
 def _round_cache(client: Client, model: nn.Module) -> None:
     """Give ``model`` an attention that rounds the keys and values it is handed, which are those of the cache."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
@@ -405,10 +405,12 @@ def _round_cache(client: Client, model: nn.Module) -> None:
     scales = {module: client.tensor(name) for name, module in _cache_scales(client).items()}
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert rounding is not None
         prefix = f"model.layers.{module.layer_idx}.self_attn"
         key, value = rounding(key, scales[f"{prefix}.k_proj"]), rounding(value, scales[f"{prefix}.v_proj"])
         return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
     AttentionInterface.register(CACHED_ATTENTION, attention)
     AttentionMaskInterface.register(CACHED_ATTENTION, sdpa_mask)
+    assert isinstance(model, PreTrainedModel)
     model.set_attn_implementation(CACHED_ATTENTION)

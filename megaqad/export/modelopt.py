@@ -13,9 +13,10 @@ amax / 2688 (NVFP4) or amax / 448 (FP8), the same for q, k, v and for gate, up; 
 quantized KV cache adds ``k_proj.k_scale`` and ``v_proj.v_scale``, float32 [].
 
 Each rank quantizes its own shard. With the amax taken over all ranks and over the modules that engines fuse, the
-shards' bytes are the bytes of the whole, cut; what is gathered is 4.5 bits per NVFP4 weight instead of 16. Weights are cast
-to BF16 first, and amax, scales and codes all come from that one tensor, so that the files equal what ModelOpt writes
-for a BF16 model. The weight amax is taken anew here, never from calibration: trained weights move.
+shards' bytes are the bytes of the whole, cut; what is gathered is 4.5 bits per NVFP4 weight instead of 16. Weights are
+cast to BF16 first, and amax, scales and codes all come from that one tensor, so that the files equal what ModelOpt
+writes for a BF16 model, with one exception: ModelOpt leaves q, k, v and gate, up FP8 scales of their own, and engines then
+quantize the weights again with the largest. Here they have the largest from the start, and engines change nothing. The weight amax is taken anew here, never from calibration: trained weights move.
 """
 
 from collections.abc import Mapping
@@ -61,7 +62,7 @@ class Quantization:
     kv_cache: str = "none"
     """``none``, ``fp8`` or ``nvfp4``."""
     cache_amax: Mapping[str, float] = field(default_factory=dict)
-    """Largest calibrated key by ``k_proj`` module name and value by ``v_proj``'s, for at least the layers on this rank."""
+    """Largest calibrated key by ``k_proj`` module name and value by ``v_proj``'s, for this rank's layers at least."""
 
 
 @dataclass(frozen=True)

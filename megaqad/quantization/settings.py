@@ -32,8 +32,9 @@ class QuantizationSettings:
     """Module names to keep in BF16 although included."""
 
     formats: dict[str, str] = field(default_factory=dict)
-    """Other formats for some of the chosen layers, by pattern; the last pattern that matches counts. ``bf16``, ``nvfp4``,
-    ``nvfp4_weight_only``, ``fp8``, ``mxfp8``, ``mxfp4``. Layers 0 and 1 in BF16: ``{model.layers.[01].*: bf16}``."""
+    """Other formats for some of the chosen layers, by pattern; the last pattern that matches counts. ``bf16``,
+    ``nvfp4``, ``nvfp4_weight_only``, ``fp8``, ``mxfp8``, ``mxfp4``. Layers 0 and 1 in BF16:
+    ``{"model.layers.[01].*": bf16}``."""
 
     kv_cache: str = "none"
     """Format in which the engine keeps keys and values, and attention computes here: ``none`` (BF16), ``fp8``,

@@ -174,7 +174,7 @@ def calibrated(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, Tensor]]:
 
 
 def cache_amaxes(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
-    """Calibrated largest key by ``k_proj`` module name and largest value by ``v_proj``'s, for the layers on this rank."""
+    """Calibrated largest key by ``k_proj`` module name and value by ``v_proj``'s, for the layers on this rank."""
     return {
         name: amax.item()
         for cache in quantized_caches(chunks)
