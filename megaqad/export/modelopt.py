@@ -15,8 +15,9 @@ quantized KV cache adds ``k_proj.k_scale`` and ``v_proj.v_scale``, float32 [].
 Each rank quantizes its own shard. With the amax taken over all ranks and over the modules that engines fuse, the
 shards' bytes are the bytes of the whole, cut; what is gathered is 4.5 bits per NVFP4 weight instead of 16. Weights are
 cast to BF16 first, and amax, scales and codes all come from that one tensor, so that the files equal what ModelOpt
-writes for a BF16 model, with one exception: ModelOpt leaves q, k, v and gate, up FP8 scales of their own, and engines then
-quantize the weights again with the largest. Here they have the largest from the start, and engines change nothing. The weight amax is taken anew here, never from calibration: trained weights move.
+writes for a BF16 model. One exception: ModelOpt leaves q, k, v and gate, up FP8 scales of their own, and engines then
+quantize these weights again with the largest. Here they share the largest from the start, and engines change nothing.
+The weight amax is taken anew here, never from calibration: trained weights move.
 """
 
 from collections.abc import Mapping
