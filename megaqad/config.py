@@ -278,8 +278,7 @@ def _without_modelopt_recipe(overrides: Sequence[str]) -> tuple[str | None, list
             found = value if is_modelopt_recipe(value) else None
             if found is None and value not in recipes:
                 raise UserError(f"quantization={value} is no recipe: {suggestion(value, recipes)}")
-            override = override if found is None else "quantization=none"
-        kept.append(override)
+        kept.append("quantization=none" if key == "quantization" and found is not None else override)
     made = [override for override in kept if override.partition("=")[0] in MADE_BY_RECIPE]
     if found is not None and made:
         raise UserError(f"{made[0]} beside quantization={found}, which says that itself: change a copy of the file")

@@ -1,4 +1,4 @@
-"""ModelOpt's recipe files as recipes here: ``quantization=general/ptq/nvfp4_default-kv_fp8``, or the path of a YAML file.
+"""ModelOpt's recipe files as recipes here: ``quantization=general/ptq/nvfp4_default-kv_fp8``, or a YAML file.
 
 ModelOpt's own loader reads the file, imports and all. Its rules name quantizers by pattern, in order, each replacing
 what earlier ones said; they are asked here about every quantizer of this model, and the answers are written down as a
@@ -143,8 +143,8 @@ class _Quantizers:
         found = next((name for name, known in CHOICES.items() if known == wanted), None)
         if found is None:
             raise UserError(
-                f"quantization={self._recipe}: {module} in weights={wanted.weights}, inputs={wanted.activations} is not "
-                f"supported: a layer can be {', '.join(CHOICES)}"
+                f"quantization={self._recipe}: {module} in weights={wanted.weights}, "
+                f"inputs={wanted.activations} is not supported: a layer can be {', '.join(CHOICES)}"
             )
         return found
 
