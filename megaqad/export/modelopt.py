@@ -10,8 +10,8 @@ A quantized linear of shape [N, K] becomes several tensors; everything else keep
 
 Four-bit codes lie two to a byte, the even element in the low nibble; block scales row-major. Per-tensor scales are
 amax / 2688 (NVFP4) or amax / 448 (FP8), the same for q, k, v and for gate, up; weight-only NVFP4 has no input scale. A
-quantized KV cache adds ``k_proj.k_scale`` and ``v_proj.v_scale``, float32 []: amax / 448 for NVFP4 as well, where engines
-put the range of four-bit codes in themselves.
+quantized KV cache adds ``k_proj.k_scale`` and ``v_proj.v_scale``, float32 []: amax / 448 for NVFP4 as well, where
+engines put the range of four-bit codes in themselves.
 
 Each rank quantizes its own shard. With the amax taken over all ranks and over the modules that engines fuse, the
 shards' bytes are the bytes of the whole, cut; what is gathered is 4.5 bits per NVFP4 weight instead of 16. Weights are
