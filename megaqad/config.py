@@ -313,8 +313,10 @@ def _plain_paths(override: str) -> list[str]:
     quoted = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     if key in PATH_SETTINGS and value not in ("", "null"):
         return [f"{key}={quoted}"]
-    if key == "quantization.formats":  # Hydra's grammar wants no quotes around keys, but a backslash before brackets
-        return [f"{key}=" + _QUOTED_KEY.sub(lambda found: re.sub(r"([\[\]])", r"\\\1", found[2]) + ":", value)]
+    if (
+        key == "quantization.formats"
+    ):  # patterns are keys that no schema lists; Hydra's grammar wants no quotes around keys, but a backslash before brackets
+        return [f"++{key}=" + _QUOTED_KEY.sub(lambda found: re.sub(r"([\[\]])", r"\\\1", found[2]) + ":", value)]
     groups = {path.stem for path in (conf_dir() / "data").glob("*.yaml")}
     if key != "data" or value in groups:
         return [override]

@@ -190,6 +190,8 @@ class _Quantizers:
                 raise UserError(f"{where} has {key}={cfg[key]}, which is not supported; remove it")
         bits, blocks = cfg.get("num_bits"), dict(cfg.get("block_sizes") or {})
         bits = tuple(bits) if isinstance(bits, list | tuple) else bits
+        if bits not in ((2, 1), (4, 3)):
+            raise UserError(f"{where} has num_bits={bits}, which is not supported: (2, 1) and (4, 3) are")
         scale_bits = tuple(blocks.pop("scale_bits", None) or ())
         if blocks.pop("type", "static" if blocks == {} else None) == "static" and blocks:
             raise UserError(f"{where} has block_sizes.type=static, which is not supported; use dynamic")

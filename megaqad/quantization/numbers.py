@@ -134,9 +134,10 @@ def e8m0_exponents(blocks: Tensor, largest: float) -> Tensor:
     """Biased exponents uint8 [.., B] of float32 ``blocks`` [.., B, 32]: the least power of two, from 2^-127 to 2^127,
     by which no element exceeds ``largest``; 2^-127 for a block of zeros."""
     amax = blocks.abs().amax(-1)
-    mantissa, exponent = torch.frexp(amax / torch.full_like(amax, largest))  # mantissa in [0.5, 1)
+    quotient = amax / torch.full_like(amax, largest)
+    mantissa, exponent = torch.frexp(quotient)  # mantissa in [0.5, 1)
     ceiling = torch.where(mantissa == 0.5, exponent - 1, exponent)
-    return torch.where(amax == 0, 0, (ceiling + 127).clamp(0, 254)).to(torch.uint8)
+    return torch.where(quotient == 0, 0, (ceiling + 127).clamp(0, 254)).to(torch.uint8)
 
 
 def e8m0_values(exponents: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class QuantizationSettings:
                 f"quantization.{name} has no effect with quantization.weights=none: set the weights' format"
             )
         for name in self.include:
-            if name in self.exclude:
+            if name in self.exclude and not set(name) & set("*?["):
                 raise UserError(f"quantization.include and quantization.exclude both list {name!r}: remove one")
         if self.calibration_samples < 1 and (self.activations, self.kv_cache) != ("none", "none"):
             raise UserError(

@@ -97,7 +97,7 @@ def test_settings_are_refused(capsys, model, tmp_path, overrides, said):
         ({"vocab_size": 600}, ["515 rows", "vocab_size=600"]),
         ({"num_hidden_layers": 5}, ["lacks", "model.layers.4"]),
         ({"num_hidden_layers": 3}, ["model.layers.3"]),
-        ({"intermediate_size": 90}, ["intermediate_size=90"]),
+        ({"intermediate_size": 90}, ["gate_proj", "[90, 64]"]),
         ({"quantization_config": {"quant_method": "modelopt"}}, ["already quantized", "modelopt"]),
     ],
 )

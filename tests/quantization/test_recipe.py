@@ -9,7 +9,6 @@ from megaqad.models.families import linear_modules
 from megaqad.quantization.modelopt_recipe import translate
 from megaqad.quantization.recipe import Recipe, misfits, recipe_for
 from megaqad.quantization.settings import QuantizationSettings
-
 from tests.export.modelopt_fixture import FP8, MXFP4, MXFP8, NVFP4
 from tests.models.checkpoints import hf_config, make_checkpoint
 
@@ -114,7 +113,7 @@ def test_keys_may_be_quoted_on_the_command_line():
         ({"weights": "fp8"}, "set quantization.activations=fp8"),
         ({"weights": "mxfp8", "activations": "none"}, "no engine kernel"),
         ({"weights": "none", "activations": "none", "kv_cache": "fp8"}, "kv_cache=fp8 has no effect"),
-        ({"include": ["*", "lm_head"]}, "both list 'lm_head'"),
+        ({"include": ["*", "lm_head"], "exclude": ["lm_head"]}, "both list 'lm_head'"),
     ],
 )
 def test_mistakes_are_named(settings, said):
