@@ -313,9 +313,8 @@ def _plain_paths(override: str) -> list[str]:
     quoted = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     if key in PATH_SETTINGS and value not in ("", "null"):
         return [f"{key}={quoted}"]
-    if (
-        key == "quantization.formats"
-    ):  # patterns are keys that no schema lists; Hydra's grammar wants no quotes around keys, but a backslash before brackets
+    if key == "quantization.formats":
+        # Patterns are keys that no schema lists, hence ++. Hydra takes no quotes around keys, but escaped brackets.
         return [f"++{key}=" + _QUOTED_KEY.sub(lambda found: re.sub(r"([\[\]])", r"\\\1", found[2]) + ":", value)]
     groups = {path.stem for path in (conf_dir() / "data").glob("*.yaml")}
     if key != "data" or value in groups:
