@@ -1,4 +1,4 @@
-"""The quantized head and KV cache compute what a dense model on rounded tensors does; gradients pass straight through."""
+"""The quantized head and KV cache compute with rounded tensors; their gradients pass straight through."""
 
 import pytest
 import torch
