@@ -182,6 +182,9 @@ class ReportSettings:
 
     compare_qat: bool = False
     """``recover`` also trains a QAT student from the same start, with the same steps and data, for the report."""
+    sensitivity: bool = False
+    """Also measure what quantizing each layer's attention and MLP alone costs: one forward pass over
+    ``evaluation.training_tokens`` tokens for each. ``quantize`` does unless this is false."""
 
 
 @dataclass(frozen=True)

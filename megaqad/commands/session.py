@@ -17,6 +17,7 @@ from megaqad.models.build import build_model, transformer_config
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import ModelDescription, describe_model
 from megaqad.models.hf_reader import load_weights
+from megaqad.quantization.choice import read_choice
 from megaqad.quantization.layers import QuantizerMode
 from megaqad.quantization.recipe import Recipe, recipe_for
 from megaqad.quantization.state import calibrate, linear_for, refresh_weights, set_mode
@@ -73,7 +74,11 @@ class Session:
 
     @cached_property
     def recipe(self) -> Recipe:
-        return recipe_for(self.settings.quantization, self.description)
+        """What is quantized; under ``quantization.auto`` only once this run has chosen (``students.settle_recipe``)."""
+        recipe = recipe_for(self.settings.quantization, self.description)
+        if self.settings.quantization.auto is None:
+            return recipe
+        return recipe.keeping(read_choice(self.settings.run_dir).kept_modules)
 
     @cached_property
     def data(self) -> Datasets:
@@ -125,15 +130,18 @@ class Session:
             chunk.eval()
         return chunks
 
-    def original_student(self) -> list[CausalLM]:
+    def original_student(self, recipe: Recipe | None = None) -> list[CausalLM]:
         """The original weights in a model with quantizers, not yet calibrated, quantizers off."""
-        chunks = self._build(self.recipe)
+        chunks = self._build(recipe or self.recipe)
         load_weights(chunks, self.description, self.settings.model_dir)
         return chunks
 
-    def calibrated_student(self) -> list[CausalLM]:
-        """The post-training-quantized student: the original weights, input scales from training data."""
-        chunks = self.original_student()
+    def calibrated_student(self, recipe: Recipe | None = None) -> list[CausalLM]:
+        """The post-training-quantized student: the original weights, input scales from training data.
+
+        ``recipe`` stands in for the run's own.
+        """
+        chunks = self.original_student(recipe)
         calibrate(chunks, self.context, lambda: forward_hidden(chunks, self._calibration_tokens()))
         return chunks
 

@@ -7,7 +7,7 @@ share one global scale, so a recipe that treats them differently is refused. No 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from megaqad.errors import UserError
@@ -73,6 +73,10 @@ class Recipe:
                 "scale, so include or exclude them together"
             )
         return LinearFormat(self.settings.weights, self.settings.activations)
+
+    def keeping(self, modules: Iterable[str]) -> "Recipe":
+        """The same recipe with these modules in BF16 as well."""
+        return Recipe(replace(self.settings, exclude=[*self.settings.exclude, *modules]), self.modules)
 
     def quantized_modules(self) -> list[str]:
         """Names of the quantized modules, in model order."""
