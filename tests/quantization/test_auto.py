@@ -12,7 +12,7 @@ from megaqad.quantization.choice import read_choice, write_choice
 from megaqad.runtime.parallel import shutdown_parallel
 from tests.models.checkpoints import make_checkpoint
 
-SENSITIVE, ANOTHER = "model.layers.3.mlp", "model.layers.1.mlp"
+SENSITIVE, ANOTHER = "model.layers.2.mlp", "model.layers.1.mlp"
 SETTINGS = [
     *("data=random", "runtime.dtype=float32", "quantization=nvfp4_weight_only", "quantization.auto=bits:6.5"),
     *("train.sequence_length=32", "train.micro_batch_size=2", "train.global_batch_size=4", "train.steps=1"),
@@ -22,10 +22,12 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A checkpoint in which one layer's MLP drowns all else."""
+    """A checkpoint in which one layer's MLP says more than all else."""
     folder = make_checkpoint("llama", tmp_path_factory.mktemp("model"))
     tensors = load_file(folder / "model.safetensors")
-    tensors[f"{SENSITIVE}.down_proj.weight"] *= 20
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")) and not name.startswith(SENSITIVE):
+            tensor.mul_(0.05)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
