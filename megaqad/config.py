@@ -24,6 +24,7 @@ from megaqad.data.settings import DataSettings
 from megaqad.errors import UserError
 from megaqad.models.checks import check_checkpoint, check_layout, check_sequence_length
 from megaqad.models.description import ModelDescription, describe_model
+from megaqad.quantization.backend import check_backend
 from megaqad.quantization.recipe import recipe_for
 from megaqad.quantization.settings import QuantizationSettings
 from megaqad.runtime.duration import seconds_of
@@ -330,6 +331,7 @@ def check_settings(command: str, settings: Settings) -> ModelDescription:
     if command != "pretrain":
         check_checkpoint(description, settings.model_dir)
     recipe_for(settings.quantization, description)
+    check_backend(settings.quantization, settings.runtime.dtype)
     if reads_data:
         check_sequence_length(description, settings.train.sequence_length, settings.sizes)
         _check_batches(settings)

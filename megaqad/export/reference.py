@@ -73,7 +73,7 @@ def float32_student(
 
     ``recipe`` must choose the same modules as the student's own; it may leave activations alone.
     """
-    copies = copy_model(student, description, context, dtype=torch.float32, linear_for=linear_for(recipe))
+    copies = copy_model(student, description, context, dtype=torch.float32, linear_for=linear_for(recipe, "emulated"))
     refresh_weights(copies, context)
     set_mode(copies, QuantizerMode.ON)
     return copies

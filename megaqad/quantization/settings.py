@@ -11,7 +11,7 @@ from megaqad.errors import UserError
 from megaqad.quantization.allocation import BF16_BITS, NVFP4_BITS
 
 Format = Literal["nvfp4", "none"]
-Backend = Literal["emulated"]
+Backend = Literal["emulated", "transformer_engine"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class QuantizationSettings:
     """Module names to keep in BF16 although included."""
 
     backend: str = "emulated"
-    """``emulated`` computes the NVFP4 function with BF16/FP32 GEMMs on any device."""
+    """``emulated`` computes the NVFP4 function with BF16/FP32 GEMMs on any device; ``transformer_engine`` with NVFP4
+    GEMMs on GPUs that have them (W4A4, compute capability 10.0 and above)."""
 
     calibration_samples: int = 64
     """Training sequences whose activations set the input scales."""
