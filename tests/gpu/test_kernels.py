@@ -30,7 +30,7 @@ def test_nvfp4_bits(kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("spread", [0.002, 0.05, 1.0])
+@pytest.mark.parametrize("spread", [0.05, 1.0])
 def test_kl_and_its_gradient(dtype, spread):
     generator = torch.Generator().manual_seed(0)
     teacher = (3 * torch.randn(64, 32_001, generator=generator)).to(dtype)
@@ -46,7 +46,7 @@ def test_kl_and_its_gradient(dtype, spread):
     assert ((kl - true_kl).abs() <= 2e-6 + 1e-6 * true_kl.detach()).all()
     error = (gradient - true_gradient).norm() / true_gradient.norm()
     rounding = (true_gradient.to(dtype).double() - true_gradient).norm() / true_gradient.norm()
-    assert error <= (1.01 * rounding if dtype is torch.bfloat16 else 3e-4 if spread < 0.01 else 3e-5)
+    assert error <= (1.01 * rounding if dtype is torch.bfloat16 else 3e-5)
 
 
 def test_fake_quantize_keeps_up_with_a_copy():
