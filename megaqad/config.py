@@ -330,7 +330,7 @@ def check_settings(command: str, settings: Settings) -> ModelDescription:
     check_layout(description, settings.sizes)
     if command != "pretrain":
         check_checkpoint(description, settings.model_dir)
-    recipe_for(settings.quantization, description)
+    recipe_for(settings.quantization, description, settings.sizes.tensor)
     check_backend(settings.quantization, settings.runtime.dtype)
     if reads_data:
         check_sequence_length(description, settings.train.sequence_length, settings.sizes)

@@ -5,7 +5,7 @@ from megaqad.evaluation import Evaluator
 from megaqad.models.causal_lm import CausalLM
 from megaqad.quantization.allocation import GroupKL, average_bits, choose_kept
 from megaqad.quantization.choice import Choice
-from megaqad.quantization.recipe import Recipe, recipe_for
+from megaqad.quantization.recipe import Recipe
 from megaqad.quantization.sensitivity import measure_groups, quantize_only, quantized_groups
 
 
@@ -32,11 +32,12 @@ def choose_formats(session: Session, student: list[CausalLM], evaluator: Evaluat
     """
     target = session.settings.quantization.target_bits
     assert target is not None, "only under quantization.auto"
-    recipe = recipe_for(session.settings.quantization, session.description)
+    recipe = session.recipe_of_settings()
     groups = group_kls(session, student, recipe, evaluator)
     kept = choose_kept(groups, target)
     modules = {group.name: group.modules for group in quantized_groups(recipe, session.description)}
-    quantize_only(student, {name for group in groups if group.group not in kept for name in modules[group.group]})
+    left = {name for group in groups if group.group not in kept for name in modules[group.group]}
+    quantize_only(student, left, caches=True)
     measured = evaluator.evaluate(student)
     choice = Choice(
         target_bits=target,

@@ -14,7 +14,6 @@ from megaqad.identity import identity_of
 from megaqad.models.causal_lm import CausalLM
 from megaqad.quantization.choice import has_choice, read_choice, write_choice
 from megaqad.quantization.layers import QuantizerMode
-from megaqad.quantization.recipe import recipe_for
 from megaqad.quantization.state import refresh_weights, round_to_export_dtype, set_mode
 from megaqad.runtime.agree import on_main
 from megaqad.runtime.files import write_text_whole
@@ -45,7 +44,7 @@ def settle_recipe(session: Session) -> None:
         lambda: has_choice(settings.run_dir) and read_choice(settings.run_dir).target_bits == target
     ):
         return
-    recipe = recipe_for(settings.quantization, session.description)
+    recipe = session.recipe_of_settings()
     session.terminal.say(f"measuring each layer to choose an average of {target:g} bits")
     student = ready_to_ship(session, session.calibrated_student(recipe))
     choice = choose_formats(session, student, session.evaluator(settings.evaluation.training_tokens))

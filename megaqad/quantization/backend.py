@@ -30,6 +30,15 @@ def check_backend(settings: QuantizationSettings, dtype: str) -> None:
             f"{asked} computes NVFP4 weights times NVFP4 activations, not quantization.weights={settings.weights} with "
             f"quantization.activations={settings.activations}: {instead}"
         )
+    if settings.formats or settings.kv_cache != "none":
+        extra = "formats" if settings.formats else f"kv_cache={settings.kv_cache}"
+        raise UserError(
+            f"{asked} computes NVFP4 linear layers and nothing else, so not quantization.{extra}: {instead}"
+        )
+    if "lm_head" not in settings.exclude:
+        raise UserError(
+            f"{asked} leaves the output head to the loss: add lm_head to quantization.exclude, or {instead}"
+        )
     if dtype != "bfloat16":
         raise UserError(
             f"{asked} quantizes weights as they are, while the export rounds them to BF16 first, so runtime.dtype="

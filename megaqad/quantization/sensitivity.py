@@ -13,7 +13,7 @@ from megaqad.models.families import hf_tensors
 from megaqad.quantization.allocation import Group, GroupKL, groups_of
 from megaqad.quantization.layers import QuantizerMode
 from megaqad.quantization.recipe import Recipe
-from megaqad.quantization.state import quantized_linears
+from megaqad.quantization.state import quantized_caches, quantized_linears
 
 
 def quantized_groups(recipe: Recipe, description: ModelDescription) -> list[Group]:
@@ -23,8 +23,13 @@ def quantized_groups(recipe: Recipe, description: ModelDescription) -> list[Grou
     return groups_of(modules, {module: torch.Size(tensors[f"{module}.weight"]).numel() for module in modules})
 
 
-def quantize_only(chunks: Sequence[torch.nn.Module], modules: Collection[str]) -> None:
-    """Switch the quantizers of this rank's layers on where they hold one of ``modules``, off elsewhere."""
+def quantize_only(chunks: Sequence[torch.nn.Module], modules: Collection[str], *, caches: bool) -> None:
+    """Switch the quantizers of this rank's layers on where they hold one of ``modules``, off elsewhere.
+
+    ``caches``: those of keys and values.
+    """
+    for attention in quantized_caches(chunks):
+        attention.mode = QuantizerMode.ON if caches else QuantizerMode.OFF
     for layer in quantized_linears(chunks):
         layer.mode = QuantizerMode.ON if layer.site.hf_modules[0] in modules else QuantizerMode.OFF
 
@@ -32,7 +37,7 @@ def quantize_only(chunks: Sequence[torch.nn.Module], modules: Collection[str]) -
 def measure_groups(
     chunks: Sequence[torch.nn.Module], groups: Sequence[Group], measure: Callable[[], float]
 ) -> list[GroupKL]:
-    """KL of every group quantized alone; leaves all of them quantized.
+    """KL of every group quantized alone; leaves everything quantized.
 
     Args:
         chunks: this rank's chunks of a calibrated student, its weights quantized.
@@ -43,7 +48,7 @@ def measure_groups(
     """
     found = []
     for group in groups:
-        quantize_only(chunks, group.modules)
+        quantize_only(chunks, group.modules, caches=False)
         found.append(GroupKL(group.name, measure(), group.weights))
-    quantize_only(chunks, {module for group in groups for module in group.modules})
+    quantize_only(chunks, {module for group in groups for module in group.modules}, caches=True)
     return found
