@@ -1,6 +1,7 @@
 """The Transformer Engine backend without its hardware: refusals, the recipe's fields, and the layers on a stand-in."""
 
 import importlib.util
+import json
 import sys
 import types
 from dataclasses import dataclass, replace
@@ -8,6 +9,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from megaqad import identity
+from megaqad.config import load_settings
 from megaqad.errors import UserError
 from megaqad.quantization import backend
 from megaqad.quantization.settings import QuantizationSettings
@@ -207,3 +210,17 @@ def copied_layers(rank, world_size, folder):
 def test_the_copy_that_an_export_is_verified_with_is_emulated(run_ranks, tmp_path):
     folder = make_checkpoint("llama", tmp_path)
     assert run_ranks(1, copied_layers, folder) == [{"NVFP4ColumnParallelLinear", "NVFP4RowParallelLinear"}]
+
+
+@pytest.mark.parametrize(("setting", "told"), [("backend", None), ("auto", "quantization.auto=bits:6")])
+def test_a_student_trained_on_it_is_read_on_any_machine(tmp_path, setting, told):
+    folder = make_checkpoint("llama", tmp_path / "model")
+    now = load_settings([f"model={folder}", f"output_dir={tmp_path}"])
+    changes = {"backend": "transformer_engine", "auto": "bits:6"}
+    then = replace(now, quantization=replace(now.quantization, **{setting: changes[setting]}))
+    (tmp_path / identity.FILE).write_text(json.dumps(identity.identity_of("distill", then)))
+    if told is None:
+        identity.check_student(now)
+    else:
+        with pytest.raises(UserError, match=told):
+            identity.check_student(now)
