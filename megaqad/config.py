@@ -8,10 +8,11 @@ that names the value, the limit and the way out.
 import ast
 import inspect
 import os
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING as dataclass_missing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -25,8 +26,9 @@ from megaqad.errors import UserError
 from megaqad.models.checks import check_checkpoint, check_layout, check_sequence_length
 from megaqad.models.description import ModelDescription, describe_model
 from megaqad.quantization.backend import check_backend
+from megaqad.quantization.modelopt_recipe import is_modelopt_recipe, translate
 from megaqad.quantization.recipe import recipe_for
-from megaqad.quantization.settings import QuantizationSettings
+from megaqad.quantization.settings import QuantizationSettings, suggestion
 from megaqad.runtime.duration import seconds_of
 from megaqad.runtime.sizes import ParallelSizes
 
@@ -36,6 +38,11 @@ DTYPES = ("bfloat16", "float32")
 EXPORT_FORMATS = ("modelopt",)
 COMMANDS_WITH_DATA = ("demo", "recover", "quantize", "distill", "evaluate", "pretrain")
 PATH_SETTINGS = ("model", "output_dir", "tokens", "student")
+MADE_BY_RECIPE = tuple(
+    f"quantization.{name}" for name in ("weights", "activations", "include", "exclude", "formats", "kv_cache")
+)
+"""Settings that a ModelOpt recipe makes."""
+_QUOTED_KEY = re.compile(r"""(["'])(.+?)\1\s*:""")
 WANDB_MODES = ("offline", "online", "disabled")
 
 
@@ -250,6 +257,7 @@ def load_settings(overrides: Sequence[str]) -> Settings:
         UserError: an unknown key or group, a value of the wrong type, a required setting missing.
     """
     ConfigStore.instance().store(name="settings", node=_schema())
+    recipe, overrides = _without_modelopt_recipe(overrides)
     expanded = [part for override in overrides for part in _plain_paths(override)]
     try:
         with initialize_config_dir(config_dir=str(conf_dir().resolve()), version_base="1.3"):
@@ -257,7 +265,35 @@ def load_settings(overrides: Sequence[str]) -> Settings:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from error
     assert isinstance(settings, Settings)
-    return settings
+    return settings if recipe is None else _with_modelopt_recipe(settings, recipe)
+
+
+def _without_modelopt_recipe(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The ModelOpt recipe that ``quantization=`` names, and the overrides with ``none`` in its place.
+
+    Raises:
+        UserError: a recipe that does not exist, or settings beside a ModelOpt recipe that it makes itself.
+    """
+    recipes = sorted(path.stem for path in (conf_dir() / "quantization").glob("*.yaml"))
+    found, kept = None, []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "quantization":
+            found = value if is_modelopt_recipe(value) else None
+            if found is None and value not in recipes:
+                raise UserError(f"quantization={value} is no recipe: {suggestion(value, recipes)}")
+        kept.append("quantization=none" if key == "quantization" and found is not None else override)
+    made = [override for override in kept if override.partition("=")[0] in MADE_BY_RECIPE]
+    if found is not None and made:
+        raise UserError(f"{made[0]} beside quantization={found}, which says that itself: change a copy of the file")
+    return found, kept
+
+
+def _with_modelopt_recipe(settings: Settings, recipe: str) -> Settings:
+    if not settings.model:
+        raise UserError("model is not set: give model=<directory>")
+    translated = translate(recipe, settings.quantization, describe_model(settings.model_dir))
+    return replace(settings, quantization=translated)
 
 
 def _schema() -> DictConfig:
@@ -281,6 +317,8 @@ def _plain_paths(override: str) -> list[str]:
     quoted = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     if key in PATH_SETTINGS and value not in ("", "null"):
         return [f"{key}={quoted}"]
+    if key == "quantization.formats":  # Hydra's grammar wants no quotes around keys, but a backslash before brackets
+        return [f"{key}=" + _QUOTED_KEY.sub(lambda found: re.sub(r"([\[\]])", r"\\\1", found[2]) + ":", value)]
     groups = {path.stem for path in (conf_dir() / "data").glob("*.yaml")}
     if key != "data" or value in groups:
         return [override]

@@ -69,6 +69,8 @@ LAYOUTS = {
         None,
     ),
 }
+WITH_CONFIG_GROUP = ("FP8", "NVFP4", "W4A16_NVFP4")
+"""What config.json describes in ``config_groups``, and not by name alone."""
 KV_CACHES = {"FP8": {"dynamic": False, "num_bits": 8, "type": "float"}, "NVFP4": "NVFP4"}
 """``kv_cache_quant_algo`` of hf_quant_config.json, and what config.json says for it."""
 CACHED_ATTENTION = "megaqad_rounded_kv_cache"
@@ -148,16 +150,17 @@ def _check_configs(folder: Path, declared: dict[str, Any], linears: list[str]) -
         mixed = algorithm == "MIXED_PRECISION"
         facts = [declared["quant_algo"], sorted(declared["ignore"]), declared.get("kv_cache_scheme")]
         theirs = [algorithm, [] if mixed else sorted(other["exclude_modules"]), KV_CACHES.get(kv_cache)]
-        facts.append(declared["quantized_layers"] if mixed else declared["config_groups"]["group_0"])
+        described = mixed or algorithm in WITH_CONFIG_GROUP
+        facts.append(declared["quantized_layers"] if mixed else declared["config_groups"] if described else None)
         if mixed:
-            layers = theirs_layers = other["quantized_layers"]
-            theirs.append(theirs_layers)
+            layers = other["quantized_layers"]
+            theirs.append(layers)
         else:
             group = {key: other[key] for key in ("group_size",) if key in other}
             layers = {name: {"quant_algo": algorithm, **group} for name in linears if name not in facts[1]}
-            theirs.append(_group(algorithm, group.get("group_size")))
-        groups = {tuple(entry["targets"]): entry for entry in declared["config_groups"].values()}
-        wanted: dict[tuple[str, ...], Any] = {("Linear",): {}} if not mixed else {}
+            theirs.append({"group_0": _group(algorithm, group.get("group_size"))} if described else None)
+        groups = {tuple(entry["targets"]): entry for entry in declared["config_groups"].values()} if described else {}
+        wanted: dict[tuple[str, ...], Any] = {}
         for entry in {json.dumps(layer, sort_keys=True): layer for layer in layers.values()}.values() if mixed else ():
             targets = tuple(sorted(name for name, layer in layers.items() if layer == entry))
             wanted[targets] = _group(entry["quant_algo"], entry.get("group_size"), list(targets))
@@ -347,7 +350,7 @@ def check_cache_scales(client: Client, cache_amax: Mapping[str, float]) -> None:
     """The same for keys and values."""
     if client.kv_cache is not None:
         for name, module in _cache_scales(client).items():
-            _check_scale(client, name, cache_amax.get(module), LAYOUTS[client.kv_cache].range, "output")
+            _check_scale(client, name, cache_amax.get(module), 448.0, "output")
 
 
 def _check_scale(client: Client, name: str, amax: float | None, largest: float, what: str) -> None:
@@ -402,7 +405,10 @@ def _round_cache(client: Client, model: nn.Module) -> None:
     assert client.kv_cache is not None
     rounding = LAYOUTS[client.kv_cache].round_input
     assert rounding is not None
-    scales = {module: client.tensor(name) for name, module in _cache_scales(client).items()}
+    divisor = (
+        LAYOUTS[client.kv_cache].range / 448.0
+    )  # the file's scale leaves the range of four-bit codes to the engine
+    scales = {module: client.tensor(name) / divisor for name, module in _cache_scales(client).items()}
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         assert rounding is not None

@@ -10,13 +10,15 @@ A quantized linear of shape [N, K] becomes several tensors; everything else keep
 
 Four-bit codes lie two to a byte, the even element in the low nibble; block scales row-major. Per-tensor scales are
 amax / 2688 (NVFP4) or amax / 448 (FP8), the same for q, k, v and for gate, up; weight-only NVFP4 has no input scale. A
-quantized KV cache adds ``k_proj.k_scale`` and ``v_proj.v_scale``, float32 [].
+quantized KV cache adds ``k_proj.k_scale`` and ``v_proj.v_scale``, float32 []: amax / 448 for NVFP4 as well, where engines
+put the range of four-bit codes in themselves.
 
 Each rank quantizes its own shard. With the amax taken over all ranks and over the modules that engines fuse, the
 shards' bytes are the bytes of the whole, cut; what is gathered is 4.5 bits per NVFP4 weight instead of 16. Weights are
 cast to BF16 first, and amax, scales and codes all come from that one tensor, so that the files equal what ModelOpt
-writes for a BF16 model, with one exception: ModelOpt leaves q, k, v and gate, up FP8 scales of their own, and engines then
-quantize the weights again with the largest. Here they have the largest from the start, and engines change nothing. The weight amax is taken anew here, never from calibration: trained weights move.
+writes for a BF16 model. One exception: ModelOpt leaves q, k, v and gate, up FP8 scales of their own, and engines then
+quantize these weights again with the largest. Here they share the largest from the start, and engines change nothing.
+The weight amax is taken anew here, never from calibration: trained weights move.
 """
 
 from collections.abc import Mapping
@@ -46,6 +48,8 @@ KV_SCHEMES: dict[str, Any] = {"fp8": {"dynamic": False, "num_bits": 8, "type": "
 """ModelOpt's ``kv_cache_scheme``."""
 WITH_GROUP_SIZE = ("nvfp4", "mxfp8")
 """Formats whose ``quantized_layers`` entry holds a group size."""
+WITH_CONFIG_GROUP = ("FP8", "NVFP4", "W4A16_NVFP4")
+"""What ModelOpt describes in config.json when it is the only ``quant_algo``; of others it gives the name."""
 LAYOUT = {"name": "modelopt", "version": "0.47.0"}
 """The producer that readers are told. Engines recognise the layout by this name, so it names the layout's owner and
 the release it was compared with; who wrote the files is said in the manifest."""
@@ -110,9 +114,9 @@ class QuantizedConversion:
                     tensors.append(_scale(chosen.activations, largest))
         else:
             tensors = cast
-        kv_cache, cache_amax = self.quantization.kv_cache, self.quantization.cache_amax
+        cache_amax = self.quantization.cache_amax
         return tensors + [
-            _scale(kv_cache, torch.tensor(cache_amax[module], device=device)) for _, module in self._cache_parts(placed)
+            fp8_scale(torch.tensor(cache_amax[module], device=device)) for _, module in self._cache_parts(placed)
         ]
 
     def _cache_parts(self, placed: PlacedRow) -> list[tuple[str, str]]:
@@ -244,11 +248,13 @@ def config_files(
         details = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
         targets = [sorted(names) for names in groups.values()]
     numbers = [_numbers(formats[names[0]]) for names in groups.values()]
+    described = "quantized_layers" in details or details["quant_algo"] in WITH_CONFIG_GROUP
+    config_groups = {
+        f"group_{index}": {**number, "targets": target}
+        for index, (number, target) in enumerate(zip(numbers, targets, strict=True))
+    }
     config["quantization_config"] = {
-        "config_groups": {
-            f"group_{index}": {**number, "targets": target}
-            for index, (number, target) in enumerate(zip(numbers, targets, strict=True))
-        },
+        **({"config_groups": config_groups} if described else {}),
         "ignore": details.get("exclude_modules", []),
         "quant_algo": details["quant_algo"],
         "producer": LAYOUT,

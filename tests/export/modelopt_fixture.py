@@ -60,7 +60,7 @@ def modelopt_export(
     model = mtq.quantize(model, settings, lambda quantized: quantized(tokens))
     inputs, caches = {}, {}
     for name, module in model.named_modules():
-        if name.endswith("_quantizer") and module.is_enabled and getattr(module, "_amax", None) is not None:
+        if name.endswith("_quantizer") and module.is_enabled and module.amax is not None:
             parent, _, kind = name.rpartition(".")
             if kind == "input_quantizer":
                 inputs[parent] = module.amax.float().item()

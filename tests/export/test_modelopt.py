@@ -43,6 +43,7 @@ RECIPES: dict[str, tuple[str, dict[str, str], str]] = {
         "none",
     ),
     "mxfp8": ("mxfp_llama", {"*": "mxfp8"}, "none"),
+    "mxfp4": ("mxfp_llama", {"*": "mxfp4"}, "none"),
     "with a head": ("llama", {"*": "nvfp4", "lm_head": "fp8"}, "none"),
 }
 
