@@ -25,6 +25,7 @@ from megaqad.data.settings import DataSettings
 from megaqad.errors import UserError
 from megaqad.models.checks import check_checkpoint, check_layout, check_sequence_length
 from megaqad.models.description import ModelDescription, describe_model
+from megaqad.quantization.backend import check_backend
 from megaqad.quantization.modelopt_recipe import is_modelopt_recipe, translate
 from megaqad.quantization.recipe import recipe_for
 from megaqad.quantization.settings import QuantizationSettings, suggestion
@@ -189,6 +190,9 @@ class ReportSettings:
 
     compare_qat: bool = False
     """``recover`` also trains a QAT student from the same start, with the same steps and data, for the report."""
+    sensitivity: bool = False
+    """Also measure what quantizing each layer's attention and MLP alone costs: one forward pass over
+    ``evaluation.training_tokens`` tokens for each. ``quantize`` does unless this is false."""
 
 
 @dataclass(frozen=True)
@@ -366,6 +370,7 @@ def check_settings(command: str, settings: Settings) -> ModelDescription:
     if command != "pretrain":
         check_checkpoint(description, settings.model_dir)
     recipe_for(settings.quantization, description, settings.sizes.tensor)
+    check_backend(settings.quantization, settings.runtime.dtype)
     if reads_data:
         check_sequence_length(description, settings.train.sequence_length, settings.sizes)
         _check_batches(settings)

@@ -75,7 +75,8 @@ def float32_student(
 
     ``recipe`` must choose the same modules as the student's own; it may leave activations alone.
     """
-    copies = copy_model(student, description, context, dtype=torch.float32, **modules_for(recipe, description))
+    modules = modules_for(recipe, description, backend="emulated")
+    copies = copy_model(student, description, context, dtype=torch.float32, **modules)
     refresh_weights(copies, context)
     set_mode(copies, QuantizerMode.ON)
     return copies

@@ -18,7 +18,7 @@ from megaqad.quantization.numbers import number_format
 
 
 class HeadQuantizer(torch.nn.Module):
-    """The quantizers of the output head; the attributes of ``layers._QuantizedLinear`` that the whole model's
+    """The quantizers of the output head; the attributes of ``layers.QuantizedLinear`` that the whole model's
     functions in ``state.py`` use."""
 
     input_amax: Tensor

@@ -56,7 +56,7 @@ def straight_through(weight: Tensor, quantized: Tensor) -> Tensor:
     return result
 
 
-class _QuantizedLinear(torch.nn.Module):
+class QuantizedLinear(torch.nn.Module):
     """The quantizers of one parallel linear layer; mixed in before Megatron-Core's layer.
 
     Attributes:
@@ -111,12 +111,9 @@ class _QuantizedLinear(torch.nn.Module):
         return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
 
 
-class NVFP4ColumnParallelLinear(_QuantizedLinear, ColumnParallelLinear):
+class NVFP4ColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):
     """[s(/tp), b, in] -> [s, b, out/tp]; collectives those of Megatron-Core's ``ColumnParallelLinear``."""
 
 
-class NVFP4RowParallelLinear(_QuantizedLinear, RowParallelLinear):
+class NVFP4RowParallelLinear(QuantizedLinear, RowParallelLinear):
     """[s, b, in/tp] -> [s(/tp), b, out]; collectives those of Megatron-Core's ``RowParallelLinear``."""
-
-
-QuantizedLinear = NVFP4ColumnParallelLinear | NVFP4RowParallelLinear

@@ -6,13 +6,15 @@ No torch here, so that a bad recipe is refused within milliseconds.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from math import isfinite
 from typing import Literal, get_args
 
 from megaqad.errors import UserError
+from megaqad.quantization.allocation import BF16_BITS, NVFP4_BITS
 from megaqad.quantization.formats import CHOICES, FORMATS, KV_CACHE, WEIGHT_ONLY
 
 MISFITS = ("error", "keep")
-Backend = Literal["emulated"]
+Backend = Literal["emulated", "transformer_engine"]
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,20 @@ class QuantizationSettings:
     """A layer whose inputs (of one rank) do not divide into the format's blocks: ``error``, or ``keep`` it in BF16."""
 
     backend: str = "emulated"
-    """``emulated`` computes the NVFP4 function with BF16/FP32 GEMMs on any device."""
+    """``emulated`` computes the NVFP4 function with BF16/FP32 GEMMs on any device; ``transformer_engine`` with NVFP4
+    GEMMs on GPUs that have them (W4A4, compute capability 10.0 and above)."""
 
     calibration_samples: int = 64
     """Training sequences whose activations set the input scales."""
+
+    auto: str | None = None
+    """``bits:<average>``: keep those layer groups BF16 that cost the most KL, so that the weights the recipe quantizes
+    average at most so many bits, block scales included (4.5 is all NVFP4). Measured once, then part of the run."""
+
+    @property
+    def target_bits(self) -> float | None:
+        """Average bits per weight that ``auto`` asks for."""
+        return None if self.auto is None else float(self.auto.removeprefix("bits:"))
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -86,10 +98,32 @@ class QuantizationSettings:
         for name in self.include:
             if name in self.exclude and not set(name) & set("*?["):
                 raise UserError(f"quantization.include and quantization.exclude both list {name!r}: remove one")
+        if self.auto is not None:
+            self._check_auto(self.auto)
         if self.calibration_samples < 1 and (self.activations, self.kv_cache) != ("none", "none"):
             raise UserError(
                 f"quantization.calibration_samples={self.calibration_samples} leaves the input scales unset: "
                 "use 1 or more"
+            )
+
+    def _check_auto(self, auto: str) -> None:
+        kind, _, target = auto.partition(":")
+        try:
+            bits = float(target)
+        except ValueError:
+            bits = float("nan")
+        if kind != "bits" or not isfinite(bits):
+            raise UserError(f"quantization.auto={auto} is not understood: give bits:<average>, like bits:6")
+        if self.weights != "nvfp4":
+            raise UserError(
+                f"quantization.auto={auto} chooses among NVFP4 layers, but quantization.weights={self.weights}"
+            )
+        if self.formats:
+            raise UserError(f"quantization.auto={auto} chooses formats itself: remove quantization.formats, or auto")
+        if not NVFP4_BITS <= bits < BF16_BITS:
+            raise UserError(
+                f"quantization.auto={auto} cannot be met: all NVFP4 is {NVFP4_BITS:g} bits, all BF16 {BF16_BITS:g} "
+                "(which is quantization=none); give an average between"
             )
 
 

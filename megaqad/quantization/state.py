@@ -4,7 +4,7 @@ Every scale is a maximum over all ranks that hold a part of the tensor, so a mod
 The maxima of all layers travel in one all-reduce, not one per layer.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -33,15 +33,23 @@ from megaqad.quantization.recipe import Recipe
 from megaqad.runtime.parallel import ParallelContext
 
 
-def linear_for(recipe: Recipe) -> LinearChoice:
-    """The function by which ``build_model`` asks which layer to put at a site."""
+def linear_for(recipe: Recipe, backend: str | None = None) -> LinearChoice:
+    """The function by which ``build_model`` asks which layer to put at a site.
+
+    ``backend`` stands in for the recipe's own.
+    """
+    if (backend or recipe.settings.backend) == "transformer_engine":
+        from megaqad.quantization.transformer_engine import transformer_engine_layers
+
+        layers: Mapping[str, type] = transformer_engine_layers()
+    else:
+        layers = {"column": NVFP4ColumnParallelLinear, "row": NVFP4RowParallelLinear}
 
     def choose(site: LinearSite) -> type | ModuleSpec:
         quantization = recipe.format_of(site.hf_modules)
         if quantization is None:
             return ColumnParallelLinear if site.parallel == "column" else RowParallelLinear
-        layer = NVFP4ColumnParallelLinear if site.parallel == "column" else NVFP4RowParallelLinear
-        return ModuleSpec(module=layer, params={"site": site, "quantization": quantization})
+        return ModuleSpec(module=layers[site.parallel], params={"site": site, "quantization": quantization})
 
     return choose
 
@@ -54,8 +62,11 @@ class QuantizedModules(TypedDict):
     prepare: Callable[[CausalLM], None]
 
 
-def modules_for(recipe: Recipe, description: ModelDescription) -> QuantizedModules:
-    """The modules of a model quantized by ``recipe``: its linear layers, its attention, its head."""
+def modules_for(recipe: Recipe, description: ModelDescription, backend: str | None = None) -> QuantizedModules:
+    """The modules of a model quantized by ``recipe``: its linear layers, its attention, its head.
+
+    ``backend`` stands in for the recipe's own.
+    """
     attention: type | ModuleSpec = CausalAttention
     if recipe.kv_cache != "none":
         attention = ModuleSpec(module=QuantizedCausalAttention, params={"kv_format": recipe.kv_cache})
@@ -71,14 +82,14 @@ def modules_for(recipe: Recipe, description: ModelDescription) -> QuantizedModul
         if chunk.post_process and quantization is not None:
             chunk.head_quantizer = HeadQuantizer(chunk.original_head, site, quantization)
 
-    return QuantizedModules(linear_for=linear_for(recipe), attention_core=attention, prepare=prepare)
+    return QuantizedModules(linear_for=linear_for(recipe, backend), attention_core=attention, prepare=prepare)
 
 
 def quantized_linears(chunks: Sequence[torch.nn.Module]) -> Iterator[QuantizedLinear | HeadQuantizer]:
     """The quantized layers on this rank, in model order; the head is the last."""
     for chunk in chunks:
         for module in chunk.modules():
-            if isinstance(module, NVFP4ColumnParallelLinear | NVFP4RowParallelLinear | HeadQuantizer):
+            if isinstance(module, QuantizedLinear | HeadQuantizer):
                 yield module
 
 
