@@ -99,16 +99,19 @@ class Session:
             f"{facts.validation_tokens:,} held out"
         )
 
-    def _build(self, recipe: Recipe | None, *, initialize: bool = False) -> list[CausalLM]:
+    def _build(
+        self, recipe: Recipe | None, *, initialize: bool = False, description: ModelDescription | None = None
+    ) -> list[CausalLM]:
+        description = description or self.description
         config = transformer_config(
-            self.description,
+            description,
             self.context.sizes,
             dtype=self.dtype,
             recompute=self.settings.train.recompute,
             initialize=initialize,
         )
         return build_model(
-            self.description, config, self.context, linear_for=linear_for(recipe) if recipe is not None else None
+            description, config, self.context, linear_for=linear_for(recipe) if recipe is not None else None
         )
 
     def random_model(self) -> list[CausalLM]:
@@ -118,8 +121,13 @@ class Session:
     @cached_property
     def teacher(self) -> list[CausalLM]:
         """The original model, frozen."""
-        chunks = self._build(None)
-        load_weights(chunks, self.description, self.settings.model_dir)
+        return self.frozen(self.settings.model_dir)
+
+    def frozen(self, model_dir: Path) -> list[CausalLM]:
+        """A checkpoint of any supported architecture in this run's layout, frozen."""
+        description = describe_model(model_dir)
+        chunks = self._build(None, description=description)
+        load_weights(chunks, description, model_dir)
         for chunk in chunks:
             chunk.requires_grad_(False)
             chunk.eval()
