@@ -114,7 +114,7 @@ def _rows(
     repeats: int,
     seed: int,
 ) -> Iterator[dict[str, Any]]:
-    yield from _errors(make_problem(*_ERRORS, device, seed))
+    yield from errors(make_problem(*_ERRORS, device, seed))
     for tokens, vocabulary in logits_shapes:
         contestants = logits_contestants(tokens, vocabulary, device, seed)
         described = {"operation": "logits", "tokens": tokens, "vocabulary": vocabulary, "hidden": None, "ignored": 0.0}
@@ -146,11 +146,16 @@ def ignore(problem: Problem, share: float) -> Problem:
     return replace(problem, weights=kept.float() / kept.sum())
 
 
-def modelopt_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL per token by ModelOpt's loss, which wants Megatron's [s, b, V]."""
+def import_modelopt() -> Any:
+    """ModelOpt's loss for Megatron-Core; tens of seconds of imports, so not at the top."""
     from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
 
-    token_kl, _, _ = LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=1))(
+    return LogitsKLLoss
+
+
+def modelopt_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL per token by ModelOpt's loss, which wants Megatron's [s, b, V]."""
+    token_kl, _, _ = import_modelopt()(SimpleNamespace(tensor_model_parallel_size=1))(
         student.unsqueeze(1), teacher.unsqueeze(1)
     )
     return token_kl.squeeze(0)
@@ -305,7 +310,7 @@ def _seconds(run: Run, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _errors(problem: Problem) -> Iterator[dict[str, Any]]:
+def errors(problem: Problem) -> Iterator[dict[str, Any]]:
     """Loss and gradients of the heads against the reference, which is FP64 from the same BF16 numbers."""
     hidden, head = (x.double().requires_grad_() for x in (problem.hidden_s, problem.head_s))
     dense = reference.forward_kl(hidden @ head.t(), problem.hidden_t.double() @ problem.head_t.double().t(), 1.0)

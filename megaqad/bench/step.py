@@ -98,7 +98,8 @@ def bench_step(
     Yields:
         ``part``, ``plain_seconds``, ``qad_seconds``, ``over_plain_step`` (the QAD part as a share of the whole plain
         step), ``over_floor`` (what it costs beyond its floor, as such a share), and for ``part="step"`` the ``ratio``,
-        its floor, and for both steps ``peak_tensor_bytes`` and ``peak_resident_bytes`` beyond what is held between steps.
+        its floor, and for both steps ``peak_tensor_bytes`` and ``peak_resident_bytes`` beyond what is held between
+        steps.
 
     Collectives: those of the steps. Seconds are this rank's.
     """

@@ -25,9 +25,10 @@ REPEATS = 7
 
 def bench_kl() -> None:
     """``megaqad bench kl``, on one process."""
-    from megaqad.bench import kl
+    from megaqad.bench import kl, trained
 
     _print_rows(kl.bench_kl())
+    _print_rows(trained.bench_trained())
 
 
 def bench_nvfp4() -> None:

@@ -104,6 +104,7 @@ def test_settings_are_refused(capsys, model, tmp_path, overrides, said):
 )
 def test_teachers_are_refused(capsys, model, tmp_path, changes, overrides, said):
     teacher = make_checkpoint("llama", tmp_path / "teacher", **changes)
+    capsys.readouterr()
     arguments = [f"model={model}", f"output_dir={tmp_path / 'run'}", f"distill.teacher={teacher}", *TRAIN]
     line = refusal(capsys, ["distill", *arguments, *overrides])
     for words in said:
