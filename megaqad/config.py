@@ -7,7 +7,6 @@ that names the value, the limit and the way out.
 
 import ast
 import inspect
-import math
 import os
 import textwrap
 from collections.abc import Sequence
@@ -22,8 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megaqad.data.settings import DataSettings
+from megaqad.distill_settings import TEACHERS, DistillSettings, check_teacher
 from megaqad.errors import UserError
-from megaqad.models.checks import check_checkpoint, check_layout, check_sequence_length, check_vocabularies
+from megaqad.models.checks import check_checkpoint, check_layout, check_sequence_length
 from megaqad.models.description import ModelDescription, describe_model
 from megaqad.quantization.recipe import recipe_for
 from megaqad.quantization.settings import QuantizationSettings
@@ -31,10 +31,6 @@ from megaqad.runtime.duration import seconds_of
 from megaqad.runtime.sizes import ParallelSizes
 
 BUNDLED_TEACHER = Path(__file__).parent / "assets" / "teacher"
-OBJECTIVES = ("qad", "qat")
-LOSSES = ("forward_kl", "reverse_kl", "jsd", "logit_mse", "cross_entropy")
-HIDDEN_LOSSES = ("cosine", "cka")
-TEACHERS = ("model", "self")
 DTYPES = ("bfloat16", "float32")
 EXPORT_FORMATS = ("modelopt",)
 COMMANDS_WITH_DATA = ("demo", "recover", "quantize", "distill", "evaluate", "pretrain")
@@ -60,43 +56,6 @@ class ParallelSettings:
     """Divide the activations between the tensor-parallel regions along the sequence as well."""
     data: int = 1
     """Model replicas when a command starts its own ranks. Under torchrun or srun the world decides."""
-
-
-@dataclass(frozen=True)
-class HiddenSettings:
-    """Settings under ``distill.hidden.``: a loss on hidden states beside the one on logits."""
-
-    weight: float = 0.0
-    """Of this loss, per chosen layer. 0: none."""
-    kind: str = "cosine"
-    """``cosine``: distance of each token's two vectors, for equal widths. ``cka``: one minus the linear CKA of each
-    microbatch's tokens, for any two widths; another ``train.micro_batch_size`` is another loss then."""
-    layers: list[int] = field(default_factory=list)
-    """After which layers, counted from 0; empty: all. The teacher's layer is the one with the same share of its model
-    below it. Each stage compares its own, and keeps the teacher's of the whole global batch until then."""
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """Settings under ``distill.``: what the student learns from."""
-
-    objective: str = "qad"
-    """``qad``: the teacher's full distribution. ``qat``: cross entropy to the data, for comparison."""
-    loss: dict[str, float] = field(default_factory=dict)
-    """Weights of the parts of the QAD loss: ``forward_kl``, ``reverse_kl``, ``jsd``, ``logit_mse``, ``cross_entropy``,
-    as in ``distill.loss={forward_kl:0.9,cross_entropy:0.1}``. Empty: forward KL alone."""
-    temperature: float = 1.0
-    """Of both distributions in the parts that compare with the teacher. The published runs use 1."""
-    beta: float = 0.5
-    """Of ``jsd``: near 0 like forward KL, near 1 like reverse KL."""
-    teacher: str = "model"
-    """``model``: the original checkpoint. ``self``: the student without its quantizers, no second copy; only while no
-    weight is trained. Or the directory of another checkpoint with the same vocabulary, of any depth and width. Held-out
-    numbers are always against ``model``."""
-    cache: str | None = None
-    """Directory for the teacher's last hidden states: computed once, then read by every epoch and every run over the
-    same data. With a complete cache no teacher is loaded for training, only its output head."""
-    hidden: HiddenSettings = field(default_factory=HiddenSettings)
 
 
 @dataclass(frozen=True)
@@ -253,9 +212,11 @@ class Settings:
         return self.model_dir if self.distill.teacher in TEACHERS else Path(self.distill.teacher)
 
     @property
-    def cache_dir(self) -> Path:
-        assert self.distill.cache is not None, "asked for without a cache"
-        return Path(self.distill.cache)
+    def cache_dir(self) -> Path | None:
+        """Where the teacher's hidden states are kept; None when they are not."""
+        if self.distill.cache is not None:
+            return Path(self.distill.cache)
+        return self.run_dir / "teacher_cache" if self.distill.teacher == "cached" else None
 
     @property
     def run_dir(self) -> Path:
@@ -372,13 +333,14 @@ def check_settings(command: str, settings: Settings) -> ModelDescription:
     if reads_data:
         check_sequence_length(description, settings.train.sequence_length, settings.sizes)
         _check_batches(settings)
-    _check_distillation(settings, description)
+    if settings.distill.teacher not in TEACHERS:
+        check_sequence_length(describe_model(settings.teacher_dir), settings.train.sequence_length, settings.sizes)
+    check_teacher(settings.distill, description, settings.model_dir, settings.sizes)
     return description
 
 
 def _check_values(settings: Settings) -> None:
     for name, value, choices in (
-        ("distill.objective", settings.distill.objective, OBJECTIVES),
         ("runtime.dtype", settings.runtime.dtype, DTYPES),
         ("export.format", settings.export.format, EXPORT_FORMATS),
         ("logging.wandb.mode", settings.logging.wandb.mode, WANDB_MODES),
@@ -405,61 +367,6 @@ def _check_values(settings: Settings) -> None:
     if not 0 <= train.warmup_steps < train.steps:
         raise UserError(f"train.warmup_steps={train.warmup_steps} must lie between 0 and train.steps={train.steps} - 1")
     _check_resilience(settings)
-    _check_loss(settings.distill)
-
-
-def _check_loss(distill: DistillSettings) -> None:
-    """What is trained."""
-    if not 0 < distill.temperature < math.inf:
-        raise UserError(f"distill.temperature={distill.temperature} must be above 0")
-    if not 0 < distill.beta < 1:
-        raise UserError(
-            f"distill.beta={distill.beta} must lie between 0 and 1: use forward_kl or reverse_kl for the ends"
-        )
-    for name, weight in distill.loss.items():
-        if name not in LOSSES:
-            raise UserError(f"distill.loss has {name}, which is unknown: choose among {', '.join(LOSSES)}")
-        if not 0 <= weight < math.inf:
-            raise UserError(f"distill.loss.{name}={weight} must be a number from 0 up: a weight scales a loss")
-    if distill.loss and not any(distill.loss.values()):
-        raise UserError("distill.loss has no part with a weight above 0: give one, like {forward_kl:1}")
-    if distill.objective == "qat" and (distill.loss or distill.hidden.weight):
-        raise UserError("distill.loss and distill.hidden have no effect with distill.objective=qat: use objective=qad")
-    if distill.hidden.kind not in HIDDEN_LOSSES:
-        raise UserError(
-            f"distill.hidden.kind={distill.hidden.kind} is unknown: choose one of {', '.join(HIDDEN_LOSSES)}"
-        )
-    if not 0 <= distill.hidden.weight < math.inf:
-        raise UserError(f"distill.hidden.weight={distill.hidden.weight} must be a number from 0 up")
-
-
-def _check_distillation(settings: Settings, student: ModelDescription) -> None:
-    """Whether the teacher can teach this student, layer by layer where asked for."""
-    distill = settings.distill
-    teacher = student
-    if distill.teacher not in TEACHERS:
-        teacher = describe_model(settings.teacher_dir)
-        check_layout(teacher, settings.sizes)
-        check_checkpoint(teacher, settings.teacher_dir)
-        check_sequence_length(teacher, settings.train.sequence_length, settings.sizes)
-        check_vocabularies(student, settings.model_dir, teacher, settings.teacher_dir)
-    if distill.cache is not None and distill.teacher == "self":
-        raise UserError("distill.cache keeps what another model gives: leave it out with distill.teacher=self")
-    hidden = distill.hidden
-    if not hidden.weight:
-        return
-    if distill.cache is not None:
-        raise UserError("distill.cache holds last hidden states only: set distill.hidden.weight=0 or leave it out")
-    if hidden.kind == "cosine" and teacher.hidden_size != student.hidden_size:
-        raise UserError(
-            f"distill.hidden.kind=cosine needs equal widths, but the teacher has {teacher.hidden_size} and the student "
-            f"{student.hidden_size}: use cka"
-        )
-    for layer in hidden.layers:
-        if not 0 <= layer < student.num_layers:
-            raise UserError(
-                f"distill.hidden.layers has {layer}: the student's layers are 0 to {student.num_layers - 1}"
-            )
 
 
 def _check_resilience(settings: Settings) -> None:

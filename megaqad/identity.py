@@ -46,6 +46,8 @@ def identity_of(command: str, settings: Settings) -> dict[str, Any]:
         train = {key: value for key, value in asdict(settings.train).items() if key not in NOT_IDENTITY_IN_TRAIN}
         distill = asdict(settings.distill)
         del distill["cache"]  # where the teacher's numbers are kept, not what they are
+        if distill["teacher"] == "cached":
+            distill["teacher"] = "model"
         if settings.distill.teacher not in TEACHERS:
             distill["teacher"] = model_fingerprint(settings.teacher_dir)
         parts |= {"train": train, "distill": distill, "kind": _kind(command)}

@@ -32,7 +32,7 @@ def teacher_of(session: Session, student: list[CausalLM]) -> Teacher:
     settings = session.settings
     if settings.distill.teacher == "self":
         return SelfTeacher(student)
-    if settings.distill.cache is None:
+    if settings.cache_dir is None:
         return _live(session)
     facts = on_main(lambda: _cache_facts(session))
     cache = HiddenCache(settings.cache_dir, facts, session.context)

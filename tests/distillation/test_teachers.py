@@ -14,6 +14,7 @@ from megaqad.errors import UserError
 from megaqad.quantization.layers import QuantizerMode
 from megaqad.quantization.state import quantized_linears
 from megaqad.runtime.parallel import shutdown_parallel
+from megaqad.training.logs import read_metrics
 from tests.distillation.runs import SMALL_RUN, train_curve
 from tests.models.checkpoints import make_checkpoint
 from tests.training.runs import differences, distill, losses, whole_tensors
@@ -45,7 +46,7 @@ def run_of(models, output, *overrides):
     return [f"model={models[0]}", f"output_dir={output}", "train.steps=3", *overrides]
 
 
-def without_teacher(rank: int, world_size: int, overrides: list[str]):
+def without_teacher(rank: int, world_size: int, overrides: list[str], train=train_curve):
     """Train; loading a whole frozen model would be a defect."""
 
     def never(*_):
@@ -53,7 +54,7 @@ def without_teacher(rank: int, world_size: int, overrides: list[str]):
 
     kept, Session.frozen = Session.frozen, never
     try:
-        return train_curve(rank, world_size, overrides)
+        return train(rank, world_size, overrides)
     finally:
         Session.frozen = kept
 
@@ -90,6 +91,19 @@ def test_a_cache_fits_every_layout_and_mends_itself(models, run_ranks, tmp_path)
     message = run_ranks(1, distill, [*SMALL_RUN, *run_of(models, tmp_path / "damaged", *options)])[0]
     assert f"{second} of distill.cache is damaged" in message
     assert "\n" not in message
+
+
+def test_the_original_model_cached_in_the_run(models, run_ranks, tmp_path):
+    """Quantized, so that there is something to learn from the original; a second start goes on from the cache."""
+    options = ["quantization=nvfp4", "data.max_train_tokens=257"]
+    live = run_ranks(1, train_curve, run_of(models, tmp_path / "live", *options))[0]
+    first = run_of(models, tmp_path / "run", *options, "distill.teacher=cached", "checkpoint.every=1")
+    assert run_ranks(1, distill, [*SMALL_RUN, *first]) == [None]
+    assert len(list((tmp_path / "run" / "teacher_cache").glob("*/*.safetensors"))) == 8
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:08d}", ignore_errors=True)
+    assert run_ranks(1, without_teacher, [*SMALL_RUN, *first], distill) == [None]
+    assert torch.equal(losses(read_metrics(tmp_path / "run" / "metrics.jsonl")), losses(live))
 
 
 def test_a_cache_of_something_else_is_refused(models, run_ranks, tmp_path):
