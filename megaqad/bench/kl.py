@@ -18,7 +18,7 @@ reported. On CPU ratios depend on the allocator by 5 to 20 times: with
 `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000` freed memory is reused, as a GPU's caching allocator does.
 """
 
-import importlib.util
+import importlib
 import os
 import statistics
 import time
@@ -82,7 +82,7 @@ def bench_kl(
         then for `logits` and `heads` `repeats`, `seconds` (median), `seconds_min`, `ratio_to_modelopt` (of the
         medians, below 1 is faster), for `heads` `ratio_to_products`, `peak_tensor_bytes`, `peak_resident_bytes`; for
         `errors` `kl` (true, per token), `loss_bias` (relative), `hidden_gradient_error`, `head_gradient_error` (L2,
-        relative).
+        relative). A contestant that cannot run here has ``skipped``, the reason, in their place.
 
     Raises:
         ValueError: `repeats` is below 1.
@@ -127,6 +127,8 @@ def _rows(
             contestants = head_contestants(ignore(problem, ignored))
             for row in _measure(contestants, device, repeats):
                 yield described | {"hidden": hidden, "ignored": ignored} | row
+            if (reason := _liger_lacks()) is not None:
+                yield described | {"hidden": hidden, "ignored": ignored, "impl": "liger", "skipped": reason}
 
 
 def make_problem(tokens: int, vocabulary: int, hidden: int, device: torch.device, seed: int) -> Problem:
@@ -237,9 +239,18 @@ def head_contestants(problem: Problem) -> Contestants:
         "products": lambda: lambda: _products(problem, torch.bfloat16),
         "products_fp32": lambda: lambda: _products(problem, torch.float32),
     }
-    if importlib.util.find_spec("liger_kernel") is not None:
+    if _liger_lacks() is None:
         contestants["liger"] = lambda: _liger(problem, kept)
     return contestants
+
+
+def _liger_lacks() -> str | None:
+    """Why Liger's loss cannot run here."""
+    try:
+        importlib.import_module("liger_kernel.chunked_loss")
+    except ImportError as error:
+        return f"liger-kernel cannot be imported ({error})"
+    return None
 
 
 def _liger(problem: Problem, kept: Tensor) -> Run:
