@@ -147,6 +147,26 @@ def check_output_dir(command: str, settings: Settings, tokens: str | None = None
     check_same_run(recorded, wanted, settings.resume.allow, f"output_dir={run_dir}")
 
 
+def check_student(settings: Settings) -> None:
+    """Refuse to read the run's student as something else than it is: another model or recipe computes other numbers.
+
+    ``quantization=none`` reads the original model, whatever the run; ``student=<directory>`` leaves the run aside.
+
+    Raises:
+        UserError: the first difference.
+    """
+    recorded = _read(settings.run_dir) if settings.student in ("auto", "ptq") else None
+    if recorded is None or settings.quantization.weights == "none":
+        return
+    wanted = {
+        key: value
+        for key, value in identity_of("evaluate", settings).items()
+        if key in ("model", "tokenizer")
+        or (key.startswith("quantization.") and key != "quantization.calibration_samples")
+    }
+    check_same_run(recorded, wanted, settings.resume.allow, f"output_dir={settings.run_dir}")
+
+
 def claim_output_dir(command: str, settings: Settings, tokens: str) -> DirectoryLock:
     """Take the directory for this run and record it there; call on the main rank, before anything is written.
 

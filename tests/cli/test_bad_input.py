@@ -177,6 +177,16 @@ def test_another_runs_output_dir_is_left_alone(capsys, model, tmp_path):
     assert json.loads((output / "run.json").read_text()) == recorded
 
 
+@pytest.mark.parametrize("command", ["evaluate", "export", "verify", "logits"])
+def test_a_student_is_not_read_under_another_recipe(capsys, model, tmp_path, command):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "run.json").write_text(json.dumps({"quantization.activations": "none"}))
+    settings = [f"model={model}", f"output_dir={output}", "data=stdlib", "tokens=no.npy", "train.sequence_length=64"]
+    line = refusal(capsys, [command, *settings])
+    assert "quantization.activations=none, this one has nvfp4" in line
+
+
 @pytest.mark.parametrize(
     ("content", "said"), [(b"", "no text"), (b"caf\xe9 " * 100, "UTF-8"), (b"a text too short", "held-out data")]
 )
