@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megaqad.data.settings import DataSettings
+from megaqad.distill_settings import TEACHERS, DistillSettings, check_teacher
 from megaqad.errors import UserError
 from megaqad.models.checks import check_checkpoint, check_layout, check_sequence_length
 from megaqad.models.description import ModelDescription, describe_model
@@ -33,11 +34,10 @@ from megaqad.runtime.duration import seconds_of
 from megaqad.runtime.sizes import ParallelSizes
 
 BUNDLED_TEACHER = Path(__file__).parent / "assets" / "teacher"
-OBJECTIVES = ("qad", "qat")
 DTYPES = ("bfloat16", "float32")
 EXPORT_FORMATS = ("modelopt",)
 COMMANDS_WITH_DATA = ("demo", "recover", "quantize", "distill", "evaluate", "pretrain")
-PATH_SETTINGS = ("model", "output_dir", "tokens", "student")
+PATH_SETTINGS = ("model", "output_dir", "tokens", "student", "distill.teacher", "distill.cache")
 MADE_BY_RECIPE = tuple(
     f"quantization.{name}" for name in ("weights", "activations", "include", "exclude", "formats", "kv_cache")
 )
@@ -64,16 +64,6 @@ class ParallelSettings:
     """Divide the activations between the tensor-parallel regions along the sequence as well."""
     data: int = 1
     """Model replicas when a command starts its own ranks. Under torchrun or srun the world decides."""
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """Settings under ``distill.``: what the student learns from."""
-
-    objective: str = "qad"
-    """``qad``: forward KL to the teacher's full distribution. ``qat``: cross entropy to the data, for comparison."""
-    temperature: float = 1.0
-    """Of both distributions in the KL. The published runs use 1."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +218,18 @@ class Settings:
         return BUNDLED_TEACHER if self.model == "bundled" else Path(self.model)
 
     @property
+    def teacher_dir(self) -> Path:
+        """The checkpoint that the student learns from."""
+        return self.model_dir if self.distill.teacher in TEACHERS else Path(self.distill.teacher)
+
+    @property
+    def cache_dir(self) -> Path | None:
+        """Where the teacher's hidden states are kept; None when they are not."""
+        if self.distill.cache is not None:
+            return Path(self.distill.cache)
+        return self.run_dir / "teacher_cache" if self.distill.teacher == "cached" else None
+
+    @property
     def run_dir(self) -> Path:
         return Path(self.output_dir)
 
@@ -306,6 +308,7 @@ def _schema() -> DictConfig:
         children = [node._get_node(key) for key in node]
         nodes += [child for child in children if isinstance(child, DictConfig)]
     assert isinstance(schema, DictConfig)
+    OmegaConf.set_struct(schema.distill.loss, False)  # its keys are the user's choice, checked below
     return schema
 
 
@@ -374,12 +377,14 @@ def check_settings(command: str, settings: Settings) -> ModelDescription:
     if reads_data:
         check_sequence_length(description, settings.train.sequence_length, settings.sizes)
         _check_batches(settings)
+    if settings.distill.teacher not in TEACHERS:
+        check_sequence_length(describe_model(settings.teacher_dir), settings.train.sequence_length, settings.sizes)
+    check_teacher(settings.distill, description, settings.model_dir, settings.sizes)
     return description
 
 
 def _check_values(settings: Settings) -> None:
     for name, value, choices in (
-        ("distill.objective", settings.distill.objective, OBJECTIVES),
         ("runtime.dtype", settings.runtime.dtype, DTYPES),
         ("export.format", settings.export.format, EXPORT_FORMATS),
         ("logging.wandb.mode", settings.logging.wandb.mode, WANDB_MODES),
@@ -406,8 +411,6 @@ def _check_values(settings: Settings) -> None:
     if not 0 <= train.warmup_steps < train.steps:
         raise UserError(f"train.warmup_steps={train.warmup_steps} must lie between 0 and train.steps={train.steps} - 1")
     _check_resilience(settings)
-    if settings.distill.temperature <= 0:
-        raise UserError(f"distill.temperature={settings.distill.temperature} must be above 0")
 
 
 def _check_resilience(settings: Settings) -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megaqad.config import Settings
+from megaqad.config import TEACHERS, Settings
 from megaqad.data.tokens import tokenizer_fingerprint
 from megaqad.errors import UserError
 from megaqad.runtime.files import write_text_whole
@@ -38,7 +38,7 @@ def identity_of(command: str, settings: Settings) -> dict[str, Any]:
     """What may not change between commands in one directory, flat, by setting."""
     parts: dict[str, Any] = {
         "model": model_fingerprint(settings.model_dir),
-        "tokenizer": _tokenizer(settings.model_dir),
+        "tokenizer": tokenizer_digest(settings.model_dir),
         "data": asdict(settings.data),
         "quantization": asdict(settings.quantization),
         "seed": settings.seed,
@@ -46,7 +46,13 @@ def identity_of(command: str, settings: Settings) -> dict[str, Any]:
     }
     if command in TRAINING_COMMANDS:
         train = {key: value for key, value in asdict(settings.train).items() if key not in NOT_IDENTITY_IN_TRAIN}
-        parts |= {"train": train, "distill": asdict(settings.distill), "kind": _kind(command)}
+        distill = asdict(settings.distill)
+        del distill["cache"]  # where the teacher's numbers are kept, not what they are
+        if distill["teacher"] == "cached":
+            distill["teacher"] = "model"
+        if settings.distill.teacher not in TEACHERS:
+            distill["teacher"] = model_fingerprint(settings.teacher_dir)
+        parts |= {"train": train, "distill": distill, "kind": _kind(command)}
     flat: dict[str, Any] = {}
     for key, value in parts.items():
         if isinstance(value, dict):
@@ -60,7 +66,8 @@ def _kind(command: str) -> str:
     return "pretraining" if command == "pretrain" else "distillation"
 
 
-def _tokenizer(model_dir: Path) -> str:
+def tokenizer_digest(model_dir: Path) -> str:
+    """64 hex digits of the tokenizer's files, or ``none``."""
     try:
         return tokenizer_fingerprint(model_dir)
     except UserError:

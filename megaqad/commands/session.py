@@ -111,17 +111,20 @@ class Session:
             f"{facts.validation_tokens:,} held out"
         )
 
-    def _build(self, recipe: Recipe | None, *, initialize: bool = False) -> list[CausalLM]:
+    def _build(
+        self, recipe: Recipe | None, *, initialize: bool = False, description: ModelDescription | None = None
+    ) -> list[CausalLM]:
+        description = description or self.description
         config = transformer_config(
-            self.description,
+            description,
             self.context.sizes,
             dtype=self.dtype,
             recompute=self.settings.train.recompute,
             initialize=initialize,
         )
         if recipe is None:
-            return build_model(self.description, config, self.context)
-        return build_model(self.description, config, self.context, **modules_for(recipe, self.description))
+            return build_model(description, config, self.context)
+        return build_model(description, config, self.context, **modules_for(recipe, description))
 
     def random_model(self) -> list[CausalLM]:
         """A model with random weights and no quantizers."""
@@ -130,8 +133,13 @@ class Session:
     @cached_property
     def teacher(self) -> list[CausalLM]:
         """The original model, frozen."""
-        chunks = self._build(None)
-        load_weights(chunks, self.description, self.settings.model_dir)
+        return self.frozen(self.settings.model_dir)
+
+    def frozen(self, model_dir: Path) -> list[CausalLM]:
+        """A checkpoint of any supported architecture in this run's layout, frozen."""
+        description = describe_model(model_dir)
+        chunks = self._build(None, description=description)
+        load_weights(chunks, description, model_dir)
         for chunk in chunks:
             chunk.requires_grad_(False)
             chunk.eval()

@@ -8,6 +8,7 @@ from typing import Any
 
 from megaqad.commands.sensitivity import choose_formats
 from megaqad.commands.session import Session
+from megaqad.commands.teaching import divergence_of, hidden_loss_of, teacher_of
 from megaqad.distillation.step import DistillationStep, Objective
 from megaqad.evaluation import Evaluation, Evaluator
 from megaqad.identity import identity_of
@@ -96,10 +97,14 @@ def train_student(session: Session, run_dir: Path, objective: Objective) -> list
     student = ptq_student(session)
     wrapped = wrap_for_training(student)
     optimizer, scheduler = build_optimizer(wrapped, settings.train, session.dtype)
-    evaluator = session.evaluator(settings.evaluation.training_tokens)
+    teaches = objective is Objective.QAD and divergence_of(session).needs_teacher
+    teacher = teacher_of(session, student) if teaches or settings.distill.hidden.weight else None
+    evaluators: list[Evaluator] = []  # made on first use: it loads the original model, which a cached teacher spares
 
     def validate(advance: Callable[[], None]) -> dict[str, float]:
-        numbers = evaluator.evaluate(student, advance)
+        if not evaluators:
+            evaluators.append(session.evaluator(settings.evaluation.training_tokens))
+        numbers = evaluators[0].evaluate(student, advance)
         return {"kl_to_teacher": numbers.kl_to_teacher, "cross_entropy": numbers.cross_entropy}
 
     TrainingRun(
@@ -115,8 +120,9 @@ def train_student(session: Session, run_dir: Path, objective: Objective) -> list
             scheduler,
             session.context,
             objective=objective,
-            teacher=session.teacher if objective is Objective.QAD else None,
-            temperature=settings.distill.temperature,
+            teacher=teacher,
+            divergence=divergence_of(session),
+            hidden=hidden_loss_of(session, student, teacher) if teacher is not None else None,
         ),
         data=session.data.train,
         fingerprint=fingerprint(session) | {"distill.objective": objective.value},

@@ -110,3 +110,15 @@ class CausalLM(GPTModel):
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         return weight if self._real_vocab_rows == weight.shape[0] else weight[: self._real_vocab_rows]
+
+    def head_main_grad(self) -> Tensor | None:
+        """The rows of Megatron-Core's FP32 main gradient that belong to ``head_weight``, to add to; a view.
+
+        A loss that adds the head's gradient there itself must give autograd none for it. A tied embedding's own
+        gradient still comes through autograd and DDP's hook adds it to the same rows. None where nothing accumulates: a
+        frozen head, or a model outside DDP.
+        """
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        main_grad: Tensor | None = vars(weight).get("main_grad")
+        return None if main_grad is None or not weight.requires_grad else main_grad[: self._real_vocab_rows]

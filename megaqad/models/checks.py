@@ -5,6 +5,7 @@
 names the value, the limit and the way out. No torch here.
 """
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -169,3 +170,38 @@ def check_sequence_length(description: ModelDescription, sequence_length: int, s
             f"parallel.sequence=true divides train.sequence_length={sequence_length} among parallel.tensor="
             f"{sizes.tensor} ranks; make it a multiple"
         )
+
+
+def check_vocabularies(
+    student: ModelDescription, model_dir: Path, teacher: ModelDescription, teacher_dir: Path
+) -> None:
+    """Whether the two models mean the same by every token id.
+
+    Raises:
+        UserError: vocabularies of different sizes, or, where both have a tokenizer.json, different tokens.
+    """
+    if student.vocab_size != teacher.vocab_size:
+        raise UserError(
+            f"distill.teacher={teacher_dir} has vocab_size={teacher.vocab_size}, the student {student.vocab_size}: "
+            "distillation compares token by token, choose a teacher with the same vocabulary"
+        )
+    ours, theirs = _token_ids(model_dir), _token_ids(teacher_dir)
+    if ours is not None and theirs is not None and ours != theirs:
+        token = next(token for token in sorted(ours.keys() | theirs.keys()) if ours.get(token) != theirs.get(token))
+        raise UserError(
+            f"distill.teacher={teacher_dir} has another vocabulary: token {token!r} is {theirs.get(token)} there and "
+            f"{ours.get(token)} for the student; choose a teacher with the same tokenizer"
+        )
+
+
+def _token_ids(model_dir: Path) -> dict[str, int] | None:
+    """Every token and its id, from tokenizer.json; None when there is none that lists them."""
+    try:
+        content = json.loads((model_dir / "tokenizer.json").read_text(encoding="utf-8"))
+        vocabulary = content["model"]["vocab"]
+        listed = (
+            vocabulary if isinstance(vocabulary, dict) else {piece: rank for rank, (piece, _) in enumerate(vocabulary)}
+        )
+        return listed | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # random tokens need no tokenizer; where text needs one, the data say so

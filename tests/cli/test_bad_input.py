@@ -78,6 +78,18 @@ def refusal(capsys, arguments):
         (["quantization.exclude=['*']"], ["quantizes no module"]),
         (["quantization.activations=fp3"], ["quantization.activations=fp3", "nvfp4"]),
         (["distill.objective=sft"], ["distill.objective=sft", "qad, qat"]),
+        (["distill.loss={forward:1}"], ["distill.loss has forward", "forward_kl, reverse_kl, jsd, logit_mse"]),
+        (["distill.loss={forward_kl:1,jsd:-0.5}"], ["distill.loss.jsd=-0.5", "from 0 up"]),
+        (["distill.loss={forward_kl:nan}"], ["distill.loss.forward_kl=nan"]),
+        (["distill.loss={forward_kl:0}"], ["no part with a weight above 0"]),
+        (["distill.loss={forward_kl:1}", "distill.objective=qat"], ["no effect", "qat"]),
+        (["distill.temperature=0"], ["distill.temperature=0.0"]),
+        (["distill.beta=1"], ["distill.beta=1.0", "between 0 and 1"]),
+        (["distill.hidden.kind=l2"], ["distill.hidden.kind=l2", "cosine, cka"]),
+        (["distill.hidden.weight=1", "distill.hidden.layers=[4]"], ["distill.hidden.layers has 4", "0 to 3"]),
+        (["distill.hidden.weight=1", "distill.cache=/tmp/none"], ["distill.cache holds last hidden states only"]),
+        (["distill.teacher=self", "distill.cache=/tmp/none"], ["distill.teacher=self"]),
+        (["distill.teacher=/no/teacher"], ["/no/teacher/config.json does not exist"]),
         (["runtime.dtype=float16"], ["runtime.dtype=float16", "bfloat16, float32"]),
         (["data=/does/not/exist.txt"], ["/does/not/exist.txt"]),
     ],
@@ -88,6 +100,35 @@ def test_settings_are_refused(capsys, model, tmp_path, overrides, said):
     for words in said:
         assert words in line
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "said"),
+    [
+        ({"vocab_size": 516}, [], ["vocab_size=516", "the student 515"]),
+        ({"hidden_size": 96}, ["distill.hidden.weight=1"], ["has 96 and the student 64", "use cka"]),
+        ({"num_hidden_layers": 6}, ["parallel.pipeline=4"], ["does not divide 6 layers"]),
+        ({"num_key_value_heads": 1}, ["parallel.tensor=2"], ["num_key_value_heads=1"]),
+    ],
+)
+def test_teachers_are_refused(capsys, model, tmp_path, changes, overrides, said):
+    teacher = make_checkpoint("llama", tmp_path / "teacher", **changes)
+    capsys.readouterr()
+    arguments = [f"model={model}", f"output_dir={tmp_path / 'run'}", f"distill.teacher={teacher}", *TRAIN]
+    line = refusal(capsys, ["distill", *arguments, *overrides])
+    for words in said:
+        assert words in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_with_other_tokens_is_refused(capsys, changed, model, tmp_path):
+    teacher = changed()
+    student = shutil.copytree(model, tmp_path / "student")
+    for folder, second in ((student, "b"), (teacher, "c")):
+        vocabulary = {"model": {"vocab": {"a": 0, second: 1}}, "added_tokens": [{"content": "<end>", "id": 2}]}
+        (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    arguments = [f"model={student}", f"output_dir={tmp_path / 'run'}", f"distill.teacher={teacher}", *TRAIN]
+    assert "token 'b' is None there and 1 for the student" in refusal(capsys, ["distill", *arguments])
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_same_curve_in_every_layout(model, one_rank_curves, run_ranks, tmp_path,
     compare_curves(model, one_rank_curves, run_ranks, tmp_path, layout, QAT_WITHOUT_QUANTIZATION, 1e-4)
 
 
-@pytest.mark.parametrize("layout", ["tensor 2, sequence", "pipeline 2, interleaved", "data 2"])
+@pytest.mark.parametrize("layout", ["tensor 2, sequence", "tensor 2 x pipeline 2, interleaved", "data 2"])
 def test_same_curve_in_nvfp4(model, one_rank_curves, run_ranks, tmp_path, layout):
     compare_curves(model, one_rank_curves, run_ranks, tmp_path, layout, QAD_IN_NVFP4, 2e-2)
 
