@@ -11,7 +11,7 @@ import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING as dataclass_missing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -252,6 +252,9 @@ def load_settings(overrides: Sequence[str]) -> Settings:
             settings = OmegaConf.to_object(compose(config_name="config", overrides=expanded))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from error
+    except FrozenInstanceError as error:  # ``+group.name=`` has added what the settings do not have
+        name = str(error).rpartition("field ")[2]
+        raise UserError(f"{name} is no setting (megaqad <command> --help lists the settings)") from error
     assert isinstance(settings, Settings)
     return settings
 
