@@ -36,6 +36,8 @@ EXPORT_FORMATS = ("modelopt",)
 COMMANDS_WITH_DATA = ("demo", "recover", "quantize", "distill", "evaluate", "pretrain")
 PATH_SETTINGS = ("model", "output_dir", "tokens", "student")
 WANDB_MODES = ("offline", "online", "disabled")
+NOT_FOR_USERS = ("full_key:", "object_type=", "reference_type=", "See ", "To append to your config")
+"""Beginnings of lines in Hydra's messages that help nobody here; the last one repeats the value, a secret perhaps."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ def _one_line(error: BaseException) -> str:
     said: list[str] = []
     while error is not None and len(said) < 2:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        kept = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type=", "See "))]
+        kept = [line for line in lines if not line.startswith(NOT_FOR_USERS)]
         said.append(" ".join(kept))
         if error.__cause__ is None:
             break
