@@ -10,7 +10,7 @@ help:
 	@echo "make test    set up, then run the tests"
 	@echo "make test-slurm   the launch scripts on a real Slurm cluster inside this machine (root, Debian packages)"
 	@echo "make test-faults  kill, truncate, fill the disk: nothing may be lost"
-	@echo "make lint    set up, then ruff and mypy"
+	@echo "make lint    set up, then ruff, mypy, shellcheck and hadolint"
 	@echo "make setup   create $(VENV) from constraints.txt"
 
 setup: $(VENV)/.installed
@@ -37,6 +37,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch tests/slurm/*.sh .ci/run
+	$(BIN)/hadolint docker/*.Dockerfile
 
 format: setup
 	$(BIN)/ruff check --fix .

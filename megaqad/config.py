@@ -12,7 +12,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING as dataclass_missing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -44,6 +44,8 @@ MADE_BY_RECIPE = tuple(
 """Settings that a ModelOpt recipe makes."""
 _QUOTED_KEY = re.compile(r"""(["'])(.+?)\1\s*:""")
 WANDB_MODES = ("offline", "online", "disabled")
+NOT_FOR_USERS = ("full_key:", "object_type=", "reference_type=", "See ", "To append to your config")
+"""Beginnings of lines in Hydra's messages that help nobody here; the last one repeats the value, a secret perhaps."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,9 @@ def load_settings(overrides: Sequence[str]) -> Settings:
             settings = OmegaConf.to_object(compose(config_name="config", overrides=expanded))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from error
+    except FrozenInstanceError as error:  # ``+group.name=`` has added what the settings do not have
+        name = str(error).rpartition("field ")[2]
+        raise UserError(f"{name} is no setting (megaqad <command> --help lists the settings)") from error
     assert isinstance(settings, Settings)
     return settings if recipe is None else _with_modelopt_recipe(settings, recipe)
 
@@ -336,7 +341,7 @@ def _one_line(error: BaseException) -> str:
     said: list[str] = []
     while error is not None and len(said) < 2:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        kept = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type=", "See "))]
+        kept = [line for line in lines if not line.startswith(NOT_FOR_USERS)]
         said.append(" ".join(kept))
         if error.__cause__ is None:
             break

@@ -199,14 +199,22 @@ def _tables(folder: Path) -> dict[str, Path]:
     named = _json(index).get("weight_map", {}) if index.is_file() else None
     files: dict[str, Path] = {}
     for file in sorted(set(named.values())) if named is not None else ["model.safetensors"]:
+        path = _inside(folder, file, index)
         try:
-            with safe_open(folder / file, framework="pt") as opened:
-                files.update(dict.fromkeys(opened.keys(), folder / file))
+            with safe_open(path, framework="pt") as opened:
+                files.update(dict.fromkeys(opened.keys(), path))
         except (OSError, SafetensorError) as error:
-            raise VerificationError(f"{folder / file} cannot be read ({error}); export again") from error
+            raise VerificationError(f"{path} cannot be read ({error}); export again") from error
     if named is not None and {name: path.name for name, path in files.items()} != named:
         raise VerificationError(f"{index} does not list what its files hold; export again")
     return files
+
+
+def _inside(folder: Path, name: str, said_by: Path) -> Path:
+    """A file of the export by the name that one of its JSON files gives; these are plain names, without folders."""
+    if Path(name).name != name or name == "..":
+        raise VerificationError(f"{said_by} names {name!r}, which is no file of {folder}; export again")
+    return folder / name
 
 
 def _skeleton(config: dict[str, Any]) -> nn.Module:
@@ -309,7 +317,7 @@ def check_files(folder: Path) -> None:
         VerificationError: names the file that changed.
     """
     for name, digest in _json(folder / MANIFEST_FILE).get("files", {}).items():
-        path = folder / name
+        path = _inside(folder, name, folder / MANIFEST_FILE)
         if not path.is_file() or file_digest(path) != digest:
             raise VerificationError(f"{path} is missing or changed since it was written; export again")
 

@@ -235,6 +235,20 @@ def test_a_changed_config_is_found(export: Export) -> None:
     refused(export, f"{path} is missing or changed")
 
 
+@pytest.mark.parametrize("name", ["../config.json", "/etc/hostname", "deeper/config.json", ".."])
+def test_a_name_that_leads_out_is_not_followed(export: Export, name: str) -> None:
+    """By the manifest, then by the index: the file is named and not opened."""
+    text = (export.folder / MANIFEST_FILE).read_text()
+    manifest = json.loads(text)
+    manifest["files"][name] = "0" * 64
+    (export.folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+    refused(export, MANIFEST_FILE, f"names {name!r}, which is no file of")
+    (export.folder / MANIFEST_FILE).write_text(text)
+    index = {"weight_map": {"model.norm.weight": name}}
+    (export.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(export, "model.safetensors.index.json", f"names {name!r}, which is no file of")
+
+
 @pytest.mark.parametrize("name", ["config.json", "hf_quant_config.json", MANIFEST_FILE, WEIGHTS])
 def test_a_missing_file_is_found(export: Export, name: str) -> None:
     (export.folder / name).unlink()

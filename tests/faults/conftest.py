@@ -19,6 +19,8 @@ SEED = int(os.environ.get("FAULT_SEED") or secrets.randbelow(10**6))
 MOMENTS = int(os.environ.get("FAULT_MOMENTS") or 20)
 TABLE: dict[str, list[str]] = {}
 """Fault -> what was seen, once per test that passed."""
+NOTES: list[str] = []
+"""Lines below the table."""
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +64,7 @@ def report():
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    if not TABLE:
+    if not TABLE and not NOTES:
         return
     terminalreporter.write_sep("=", f"fault matrix, FAULT_SEED={SEED}")
     terminalreporter.write_line("| fault | times | seen | weights, moments, random state and metrics after going on |")
@@ -70,3 +72,5 @@ def pytest_terminal_summary(terminalreporter) -> None:
     for fault, seen in TABLE.items():
         words = "; ".join(dict.fromkeys(seen))
         terminalreporter.write_line(f"| {fault} | {len(seen)} | {words} | equal, bit for bit |")
+    for note in NOTES:
+        terminalreporter.write_line(note)

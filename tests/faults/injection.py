@@ -58,6 +58,7 @@ FACTORIES = ("backward",)
 """Points whose function makes the function that is called."""
 GENERATORS = ("checkpoint write",)
 """Points where a call is one block of a file: the fault strikes inside the file."""
+HANGS = "this rank hangs from now on"
 
 
 def _this_rank() -> int:
@@ -167,8 +168,13 @@ def crash(point: str, call: int, rank: int) -> None:
 
 
 def hang(point: str, call: int, rank: int) -> None:
-    """One rank never comes to the next collective."""
-    _at_call(point, call, rank, lambda: time.sleep(3600), after=False)
+    """One rank never comes to the next collective; it says so, for a test that must not be early."""
+
+    def stay_away() -> None:
+        os.write(2, f"{HANGS}\n".encode())
+        time.sleep(3600)
+
+    _at_call(point, call, rank, stay_away, after=False)
 
 
 def slow(point: str, seconds: float) -> None:

@@ -77,9 +77,13 @@ class Runner:
         faults: Sequence[Sequence[Any]] = (),
         environment: dict[str, str] | None = None,
     ) -> Command:
-        arguments = [command, f"model={self.model}", f"output_dir={run_dir}", *SMALL, *self.base, *overrides]
         place = self.folder / "commands" / f"{next(_COMMANDS):04d}"
+        arguments = self.arguments(run_dir, *overrides, command=command)
         return self.server.start(place, arguments, faults=faults, environment=environment)
+
+    def arguments(self, run_dir: Path, *overrides: str, command: str = "distill") -> list[str]:
+        """What stands behind ``megaqad``."""
+        return [command, f"model={self.model}", f"output_dir={run_dir}", *SMALL, *self.base, *overrides]
 
     def finish(self, run_dir: Path, *overrides: str, **options: Any) -> str:
         """Run to the end, which must be good; what it printed."""

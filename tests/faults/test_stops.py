@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from tests.faults.injection import HANGS
 from tests.faults.runs import metrics, newest_step, outcome, wait_for, wait_until
 
 STOPPED = 3
@@ -46,8 +47,7 @@ def test_a_second_signal(runner, reference, report, tmp_path):
     """While the first is being served; here one rank is stuck, so that the step never ends."""
     run_dir = tmp_path / "run"
     command = runner.start(run_dir, faults=[("hang", "data", 7, 1)])
-    wait_for(run_dir / "checkpoints" / "latest")
-    wait_for_step(run_dir, 4)
+    wait_until(lambda: HANGS in command.output)
     command.signal(signal.SIGTERM)
     time.sleep(1.5)
     assert command.poll() is None

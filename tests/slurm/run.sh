@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Test launch/ on a real Slurm cluster that lives and dies inside one set of namespaces of this machine.
 #
-#   tests/slurm/run.sh [pytest options]
+#   tests/slurm/run.sh [pytest options]    -k chooses among the tests
 #   SKIP_SLURM=1 tests/slurm/run.sh        say that nothing was tested, and succeed
 #
 # Needs root (namespaces) and Debian's packages below, which it installs where they are missing. Everything the tests
@@ -44,4 +44,4 @@ exec unshare --mount --uts --pid --net --fork --kill-child --mount-proc bash -c 
   hostname control
   ip link set lo up
   "$@"
-  exit $?' control env MEGAQAD_SLURM_FOLDER=/mnt "$python" -m pytest -q "${@:-tests/slurm}"
+  exit $?' control env MEGAQAD_SLURM_FOLDER=/mnt "$python" -m pytest -q tests/slurm "$@"
