@@ -13,19 +13,25 @@ The weight scale follows the weight as it trains: ``state.refresh_weights`` quan
 step, not once per microbatch, and forward uses that copy. With sequence parallelism the input is quantized before it
 is gathered: blocks lie along the hidden dim, so the values are the same and each rank does its share.
 
+Memory. A fake-quantized input is a four-bit number with shared scales, so that is what is kept of it for backward: its
+codes and block scales, 4.5 bits per element instead of 16. Megatron-Core's function saves the input itself; a hook on
+that very tensor hands it the packed form and unpacks it in backward, bit for bit. Its collectives, sequence-parallel
+gather and recomputation do not know.
+
 Weights are rounded to BF16, the dtype of the checkpoint, before they are quantized, also in FP32 runs: what is
 trained is then exactly what is exported.
 """
 
+from contextlib import AbstractContextManager
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
 from megaqad.models.families import LinearSite
-from megaqad.nvfp4 import fake_quantize, tensor_amax
+from megaqad.nvfp4 import NVFP4Tensor, dequantize, fake_quantize, fake_quantize_packed, tensor_amax
 from megaqad.quantization.recipe import LinearFormat
 
 EXPORT_DTYPE = torch.bfloat16
@@ -51,6 +57,51 @@ class _StraightThrough(torch.autograd.Function):
         return grads[0], None
 
 
+class _PackedFakeQuantize(torch.autograd.Function):
+    """Forward: fake quantization, with the packed form kept in the graph. Backward: the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, amax: Tensor) -> Tensor:
+        values, packed = fake_quantize_packed(x, amax)
+        ctx.save_for_backward(packed.codes, packed.block_scales, packed.global_scale)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _PackedInput:
+    """A fake-quantized input, and the hooks by which whatever saves it for backward saves its packed form.
+
+    The packed tensors belong to the graph node that made the input, so that hooks further out (offloading, counting)
+    see them as any saved tensor. An input that needs no gradient has no such node; then they are kept here.
+    """
+
+    def __init__(self, x: Tensor, amax: Tensor) -> None:
+        """``x``: [..., K], K a multiple of 16; ``amax``: float32 [] or one per row, as ``fake_quantize`` takes it."""
+        self.values: Tensor
+        if x.requires_grad:
+            self.values = cast(Tensor, _PackedFakeQuantize.apply(x, amax))
+            node: Any = self.values.grad_fn
+            self._packed = lambda: node.saved_tensors
+        else:
+            self.values, packed = fake_quantize_packed(x, amax)
+            self._packed = lambda: (packed.codes, packed.block_scales, packed.global_scale)
+
+    def saving(self) -> AbstractContextManager[None]:
+        """Within it, saving ``values`` keeps no reference to them; anything else is saved as it is."""
+        mine, dtype, packed = self.values.data_ptr(), self.values.dtype, self._packed
+
+        def pack(tensor: Tensor) -> Any:
+            return packed if tensor.data_ptr() == mine else tensor
+
+        def unpack(saved: Any) -> Tensor:
+            return saved if isinstance(saved, Tensor) else dequantize(NVFP4Tensor(*saved()), dtype)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
 class _QuantizedLinear(torch.nn.Module):
     """The quantizers of one parallel linear layer; mixed in before Megatron-Core's layer.
 
@@ -60,7 +111,10 @@ class _QuantizedLinear(torch.nn.Module):
         input_amax: float32 [], largest absolute input seen in calibration; 0 until then. Part of the state dict,
             identical on all tensor- and data-parallel ranks.
         mode: what forward does with the quantizers.
+        packs_inputs: keep inputs packed for backward. Off is the readable form, the oracle of the tests.
     """
+
+    packs_inputs = True
 
     site: LinearSite
     quantization: LinearFormat
@@ -102,6 +156,10 @@ class _QuantizedLinear(torch.nn.Module):
         elif self.mode is QuantizerMode.ON:
             weight = _StraightThrough.apply(weight, self.quantized_weight)
             if self.quantization.activations == "nvfp4":
+                if self.packs_inputs and torch.is_grad_enabled() and weight.requires_grad:
+                    packed = _PackedInput(input, self.input_amax)
+                    with packed.saving():
+                        return super()._forward_impl(packed.values, weight, *args, **kwargs)  # type: ignore[misc]
                 input = fake_quantize(input, self.input_amax)
         return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
 
