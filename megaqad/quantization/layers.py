@@ -1,8 +1,8 @@
-"""NVFP4 linear layers, emulated: Megatron-Core's parallel layers computing on fake-quantized operands.
+"""Quantized linear layers, emulated: Megatron-Core's parallel layers computing on fake-quantized operands.
 
-Forward, with W and X as a real NVFP4 GEMM would see them::
+Forward, with W and X as a real NVFP4 GEMM would see them (or one in another format of ``numbers.py``)::
 
-    Y = fake_quantize(X, input_amax) @ fake_quantize(W, weight_amax)^T
+    Y = round_input(X, input_amax) @ round_weight(W, weight_amax)^T
 
 Backward is straight-through (QAD, arXiv 2601.20088): gradients are those of the GEMM on the fake-quantized operands,
 handed unchanged to X and W, in high precision. Everything parallel (sequence-parallel gather, input-gradient
@@ -31,10 +31,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor
 
 from megaqad.models.families import LinearSite
-from megaqad.nvfp4 import NVFP4Tensor, dequantize, fake_quantize, fake_quantize_packed, tensor_amax
-from megaqad.quantization.recipe import LinearFormat
-
-EXPORT_DTYPE = torch.bfloat16
+from megaqad.nvfp4 import NVFP4Tensor, dequantize, fake_quantize_packed, tensor_amax
+from megaqad.quantization.formats import LinearFormat
+from megaqad.quantization.numbers import EXPORT_DTYPE, number_format
 
 
 class QuantizerMode(Enum):
@@ -141,7 +140,7 @@ class _QuantizedLinear(torch.nn.Module):
     @torch.no_grad()
     def set_quantized_weight(self, amax: Tensor) -> None:
         """Quantize the weight for the coming forwards. ``amax``: float32 [], the maximum over all shards."""
-        self._quantized_weight = fake_quantize(self.weight.detach().to(EXPORT_DTYPE).to(self.weight.dtype), amax)
+        self._quantized_weight = number_format(self.quantization.weights).round_weight(self.weight, amax)
 
     @property
     def quantized_weight(self) -> Tensor:
@@ -155,12 +154,14 @@ class _QuantizedLinear(torch.nn.Module):
             self.input_amax.copy_(torch.maximum(self.input_amax, tensor_amax(input.detach())))
         elif self.mode is QuantizerMode.ON:
             weight = _StraightThrough.apply(weight, self.quantized_weight)
-            if self.quantization.activations == "nvfp4":
-                if self.packs_inputs and torch.is_grad_enabled() and weight.requires_grad:
-                    packed = _PackedInput(input, self.input_amax)
-                    with packed.saving():
-                        return super()._forward_impl(packed.values, weight, *args, **kwargs)  # type: ignore[misc]
-                input = fake_quantize(input, self.input_amax)
+            activations = self.quantization.activations
+            saves_input = torch.is_grad_enabled() and weight.requires_grad
+            if activations == "nvfp4" and self.packs_inputs and saves_input:
+                packed = _PackedInput(input, self.input_amax)
+                with packed.saving():
+                    return super()._forward_impl(packed.values, weight, *args, **kwargs)  # type: ignore[misc]
+            if activations != "none":
+                input = number_format(activations).round_input(input, self.input_amax)
         return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
 
 

@@ -7,21 +7,13 @@ share one global scale, so a recipe that treats them differently is refused. No 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from megaqad.errors import UserError
 from megaqad.models.description import ModelDescription
 from megaqad.models.families import linear_modules, linear_sites
+from megaqad.quantization.formats import LinearFormat
 from megaqad.quantization.settings import QuantizationSettings
-
-
-@dataclass(frozen=True)
-class LinearFormat:
-    """How one linear layer is quantized."""
-
-    weights: str
-    activations: str
 
 
 class Recipe:

@@ -167,7 +167,7 @@ def quantization_errors(chunks: Sequence[torch.nn.Module], context: ParallelCont
         dist.all_reduce(sums, group=context.tensor_group)
         errors = (sums[:, 0] / sums[:, 1].clamp_min(torch.finfo(torch.float64).tiny)).sqrt().tolist()
         local = [
-            LayerError(", ".join(layer.site.hf_modules), error, 4.5)
+            LayerError(", ".join(layer.site.hf_modules), error, layer.quantization.facts.bits)
             for layer, error in zip(layers, errors, strict=True)
         ]
     keyed = [(layer.site.layer, error) for layer, error in zip(layers, local, strict=True)]

@@ -60,9 +60,8 @@ def test_gradients_are_the_same_bits(run_ranks, ranks, options, dtype):
         strict=True,
     ):
         assert packed.keys() == plain.keys()
-        assert len(packed) > 8
+        assert sum(bool(gradient.abs().max() > 0) for gradient in packed.values()) > 8
         for name, gradient in packed.items():
-            assert gradient.abs().max() > 0, name
             assert torch.equal(gradient, plain[name]), name
 
 
