@@ -13,6 +13,7 @@ from megaqad.identity import identity_of
 from megaqad.models.causal_lm import CausalLM
 from megaqad.quantization.layers import QuantizerMode
 from megaqad.quantization.state import refresh_weights, round_to_export_dtype, set_mode
+from megaqad.quantization.settings import SCALE_LR
 from megaqad.runtime.agree import on_main
 from megaqad.runtime.files import write_text_whole
 from megaqad.training.checkpoint import STATE_FILE, CheckpointState, damage, layout_of, read_state
@@ -77,7 +78,9 @@ def train_student(session: Session, run_dir: Path, objective: Objective) -> list
     settings = session.settings
     student = ptq_student(session)
     wrapped = wrap_for_training(student)
-    optimizer, scheduler = build_optimizer(wrapped, settings.train, session.dtype)
+    optimizer, scheduler = build_optimizer(
+        wrapped, settings.train, session.dtype, scale_lr=settings.quantization.scale_lr or SCALE_LR
+    )
     evaluator = session.evaluator(settings.evaluation.training_tokens)
 
     def validate(advance: Callable[[], None]) -> dict[str, float]:

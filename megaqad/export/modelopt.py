@@ -10,11 +10,12 @@ A quantized linear of shape [N, K] becomes four tensors; everything else keeps i
 Each rank quantizes its own shard. With the amax taken over all ranks and over the modules that engines fuse, the
 shards' bytes are the bytes of the whole, cut; what is gathered is 4.5 bits per weight instead of 16. Weights are cast
 to BF16 first, and amax, scales and codes all come from that one tensor, so that the files equal what ModelOpt writes
-for a BF16 model. The weight amax is taken anew here, never from calibration: trained weights move.
+for a BF16 model. Scales are those that the student computed with: frozen or learned ones as they are, refreshed ones
+from the weight as it is now, since trained weights move.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from megaqad.models.hf_files import MAX_FILE_BYTES, HfFiles
 from megaqad.models.hf_writer import Piece, stream_pieces, written_rows
 from megaqad.models.sharding import local_parameters, take_parts
 from megaqad.nvfp4 import BLOCK_SIZE, global_scale_from_amax, quantize, tensor_amax
+from megaqad.quantization.state import weight_scales
 from megaqad.runtime.parallel import ParallelContext
 
 EXPORT_DTYPE = torch.bfloat16
@@ -49,6 +51,9 @@ class NVFP4Conversion:
     """Hugging Face names of the quantized modules, the same on every rank."""
     input_amax: Mapping[str, float] | None
     """Largest calibrated input by module, for this rank's layers at least; None for weight-only."""
+    weight_scales: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    """Of this rank's layers (``state.weight_scales``): where blocks have an amax of their own it is what is written.
+    Elsewhere, and without it, scales come from the weight."""
 
     def _quantizes(self, placed: PlacedRow) -> bool:
         chosen = [part.module in self.modules for part in placed.parts]
@@ -83,16 +88,25 @@ class NVFP4Conversion:
         cast = [shard.to(EXPORT_DTYPE) for shard in shards]
         if not self._quantizes(placed):
             return cast
-        amax = torch.stack([tensor_amax(shard) for shard in cast]).amax()  # over the modules an engine fuses
-        dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.context.tensor_group)
+        amax, blocks = self._scales(placed, cast)
         tensors: list[Tensor] = []
-        for part, shard in zip(placed.parts, cast, strict=True):
-            packed = quantize(shard, amax)
+        for part, shard, block_amax in zip(placed.parts, cast, blocks, strict=True):
+            packed = quantize(shard, amax, block_amax=block_amax)
             tensors += [packed.codes, packed.block_scales, packed.global_scale]
             if self.input_amax is not None:
                 largest = torch.tensor(self.input_amax[part.module], dtype=torch.float32, device=shard.device)
                 tensors.append(global_scale_from_amax(largest))
         return tensors
+
+    def _scales(self, placed: PlacedRow, shards: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        """amax float32 [] of the row, and block_amax float32 [N, K / 16] of each part where they were chosen."""
+        amax, block_amax = self.weight_scales.get(placed.parts[0].module, (None, None))
+        if amax is not None and block_amax is not None:
+            ranks = (self.context.tensor_rank, self.context.sizes.tensor)
+            return amax, list(take_parts(placed.row, block_amax, self.description, *ranks))
+        amax = torch.stack([tensor_amax(shard) for shard in shards]).amax()  # over the modules an engine fuses
+        dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.context.tensor_group)
+        return amax, [None] * len(shards)
 
 
 def export_modelopt(
@@ -126,7 +140,7 @@ def export_modelopt(
     chosen = frozenset(modules)
     unknown = chosen - set(linear_modules(description))
     assert not unknown, f"not linear modules of this model: {sorted(unknown)}"
-    conversion = NVFP4Conversion(description, context, chosen, input_amax)
+    conversion = NVFP4Conversion(description, context, chosen, input_amax, weight_scales(chunks))
     _refuse_unfit(chunks, conversion)
     pieces = [piece for placed in written_rows(description) for piece in conversion.pieces(placed)]
     manifest = Manifest()

@@ -9,7 +9,7 @@ handed unchanged to X and W, in high precision. Everything parallel (sequence-pa
 all-reduce, output reduce) stays Megatron-Core's: only the operands of ``_forward_impl`` are replaced.
 
 Scales. The input scale is static, from calibration, and shared by all ranks and by the modules fused in this layer.
-The weight scale follows the weight as it trains: ``state.refresh_weights`` quantizes every weight once per optimizer
+The weight scale follows the weight as it trains, unless it is frozen or learned (``scales.py``): ``state.refresh_weights`` quantizes every weight once per optimizer
 step, not once per microbatch, and forward uses that copy. With sequence parallelism the input is quantized before it
 is gathered: blocks lie along the hidden dim, so the values are the same and each rank does its share.
 
@@ -28,12 +28,25 @@ from typing import Any, cast
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megaqad.models.families import LinearSite
-from megaqad.nvfp4 import NVFP4Tensor, dequantize, fake_quantize_packed, tensor_amax
+from megaqad.models.modules import QuantizerParameter
+from megaqad.nvfp4 import (
+    BLOCK_SIZE,
+    NVFP4Tensor,
+    choose_scales,
+    dequantize,
+    fake_quantize_packed,
+    quantize,
+    tensor_amax,
+)
 from megaqad.quantization.formats import LinearFormat
 from megaqad.quantization.numbers import EXPORT_DTYPE, number_format
+from megaqad.quantization.scales import LearnedScales, Scaling, count_magnitudes
 
 
 class QuantizerMode(Enum):
@@ -120,27 +133,113 @@ class _QuantizedLinear(torch.nn.Module):
     mode: QuantizerMode
     weight: Tensor
     input_amax: Tensor
+    weight_amax: Tensor
+    weight_block_amax: Tensor
 
-    def __init__(self, *args: Any, site: LinearSite, quantization: LinearFormat, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        site: LinearSite,
+        quantization: LinearFormat,
+        scaling: Scaling = Scaling(),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.site = site
         self.quantization = quantization
+        self.scaling = scaling if quantization.weights == "nvfp4" else Scaling()
         self.mode = QuantizerMode.OFF
+        self.input_counts: Tensor | None = None
         self.register_buffer("input_amax", torch.zeros((), dtype=torch.float32, device=self.weight.device))
+        if self.scaling.stored:
+            self._make_scales()
         self._quantized_weight: Tensor | None = None
+        self._scales: tuple[Tensor, Tensor | None] | None = None
+
+    def _make_scales(self) -> None:
+        """Room for the scales that are state: parameters when learned, buffers when frozen."""
+        rows, inputs = self.weight.shape
+        new: dict[str, Any] = {"dtype": torch.float32, "device": self.weight.device}
+        tensors = {
+            "weight_amax": torch.zeros(1, **new),
+            "weight_block_amax": torch.zeros(rows, inputs // BLOCK_SIZE, **new),
+        }
+        for name, tensor in tensors.items():
+            if self.scaling.weight_scales == "learned":
+                self.register_parameter(name, QuantizerParameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+        if self.scaling.weight_scales == "learned":
+            set_tensor_model_parallel_attributes(self.weight_block_amax, True, self.cut_dim, 1)
+            self.weight_amax.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
+
+    @property
+    def cut_dim(self) -> int:
+        """The dim of the weight that the tensor-parallel ranks divide."""
+        return 0 if self.site.parallel == "column" else 1
+
+    @property
+    def scales(self) -> tuple[Tensor, Tensor | None]:
+        """(amax float32 [], block_amax float32 [out(/tp), in(/tp) / 16] or None for the blocks' own) of the quantized
+        copy: what ``nvfp4.quantize`` makes the exported bytes with."""
+        assert self._scales is not None, "refresh_weights() must run first"
+        return self._scales
+
+    @torch.no_grad()
+    def choose_scales(self, amax: Tensor) -> None:
+        """Calibrate the scales that are state. ``amax``: float32 [], the maximum over all shards."""
+        chosen, blocks = choose_scales(self.export_weight(), amax, self.scaling.calibration)
+        self.weight_amax.copy_(chosen)
+        self.weight_block_amax.copy_(blocks)
 
     def export_weight(self) -> Tensor:
         """The weight as the checkpoint will hold it before quantization: BF16 [out(/tp), in(/tp)], no gradient."""
         return self.weight.detach().to(EXPORT_DTYPE)
 
-    def weight_amax(self) -> Tensor:
+    def largest_weight(self) -> Tensor:
         """float32 []: largest absolute weight of this rank's shard."""
         return tensor_amax(self.export_weight())
 
     @torch.no_grad()
     def set_quantized_weight(self, amax: Tensor) -> None:
         """Quantize the weight for the coming forwards. ``amax``: float32 [], the maximum over all shards."""
-        self._quantized_weight = number_format(self.quantization.weights).round_weight(self.weight, amax)
+        if not self.scaling.stored and self.scaling.calibration == "max":
+            self._scales = (amax, None)
+            self._quantized_weight = number_format(self.quantization.weights).round_weight(self.weight, amax)
+            return
+        if self.scaling.stored:
+            self._scales = (self.weight_amax.detach().reshape(()).clone(), self.weight_block_amax.detach().clone())
+        else:
+            self._scales = choose_scales(self.export_weight(), amax, self.scaling.calibration)
+        amax, block_amax = self._scales
+        packed = quantize(self.export_weight(), amax, block_amax=block_amax)
+        self._quantized_weight = dequantize(packed, self.weight.dtype)
+
+    def _operand(self, weight: Tensor) -> Tensor:
+        """The quantized copy, with gradients to what it is made from."""
+        if self.scaling.weight_scales != "learned":
+            return cast(Tensor, _StraightThrough.apply(weight, self.quantized_weight))
+        ranks = self.tp_group.size()
+        scales = (self.weight_amax, self.weight_block_amax)
+        return cast(Tensor, LearnedScales.apply(weight, *scales, self.quantized_weight, EXPORT_DTYPE, ranks))
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """Megatron-Core's, with the block scales cut as the weight is."""
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        if not self.scaling.stored:
+            return state
+        name = "weight_block_amax"
+        sharded = make_sharded_tensors_for_checkpoint(
+            {name: self.weight_block_amax},
+            prefix,
+            {name: self.cut_dim},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )[f"{prefix}{name}"]
+        if self.site.role == "fc1":  # this rank's gate rows, then its up rows
+            sharded = apply_swiglu_sharded_factory(sharded, sharded_offsets)
+        return {**state, f"{prefix}{name}": sharded}
 
     @property
     def quantized_weight(self) -> Tensor:
@@ -152,8 +251,11 @@ class _QuantizedLinear(torch.nn.Module):
         """Replace the operands, then multiply as Megatron-Core does. Sharding as in its ``_forward_impl``."""
         if self.mode is QuantizerMode.CALIBRATE:
             self.input_amax.copy_(torch.maximum(self.input_amax, tensor_amax(input.detach())))
+            if self.scaling.activation_percentile < 100:
+                counts = count_magnitudes(input)
+                self.input_counts = counts if self.input_counts is None else self.input_counts + counts
         elif self.mode is QuantizerMode.ON:
-            weight = _StraightThrough.apply(weight, self.quantized_weight)
+            weight = self._operand(weight)
             activations = self.quantization.activations
             saves_input = torch.is_grad_enabled() and weight.requires_grad
             if activations == "nvfp4" and self.packs_inputs and saves_input:

@@ -6,6 +6,7 @@ The maxima of all layers travel in one all-reduce, not one per layer.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from torch import Tensor
 from megaqad.errors import UserError
 from megaqad.models.build import LinearChoice
 from megaqad.models.families import LinearSite
+from megaqad.models.modules import QuantizerParameter
+from megaqad.nvfp4.calibration import Method
 from megaqad.quantization.layers import (
     EXPORT_DTYPE,
     NVFP4ColumnParallelLinear,
@@ -24,18 +27,26 @@ from megaqad.quantization.layers import (
     QuantizerMode,
 )
 from megaqad.quantization.recipe import Recipe
+from megaqad.quantization.scales import Scaling, percentile_of
 from megaqad.runtime.parallel import ParallelContext
 
 
 def linear_for(recipe: Recipe) -> LinearChoice:
     """The function by which ``build_model`` asks which layer to put at a site."""
 
+    settings = recipe.settings
+    scaling = Scaling(
+        calibration=cast(Method, settings.calibration),
+        weight_scales=settings.weight_scales,
+        activation_percentile=settings.activation_percentile,
+    )
+
     def choose(site: LinearSite) -> type | ModuleSpec:
         quantization = recipe.format_of(site.hf_modules)
         if quantization is None:
             return ColumnParallelLinear if site.parallel == "column" else RowParallelLinear
         layer = NVFP4ColumnParallelLinear if site.parallel == "column" else NVFP4RowParallelLinear
-        return ModuleSpec(module=layer, params={"site": site, "quantization": quantization})
+        return ModuleSpec(module=layer, params={"site": site, "quantization": quantization, "scaling": scaling})
 
     return choose
 
@@ -72,7 +83,7 @@ def refresh_weights(chunks: Sequence[torch.nn.Module], context: ParallelContext)
     Collective: one all-reduce (maximum) over the tensor-parallel group.
     """
     layers = list(quantized_linears(chunks))
-    amaxes = _maximum([layer.weight_amax() for layer in layers], [context.tensor_group])
+    amaxes = _maximum([layer.largest_weight() for layer in layers], [context.tensor_group])
     for layer, amax in zip(layers, amaxes, strict=True):
         layer.set_quantized_weight(amax)
 
@@ -82,12 +93,14 @@ def round_to_export_dtype(chunks: Sequence[torch.nn.Module]) -> None:
     """Round every parameter to the dtype of the exported checkpoint, in place; nothing changes in a BF16 run."""
     for chunk in chunks:
         for parameter in chunk.parameters():
-            parameter.copy_(parameter.to(EXPORT_DTYPE))
+            if not isinstance(parameter, QuantizerParameter):  # scales are exported as they are
+                parameter.copy_(parameter.to(EXPORT_DTYPE))
 
 
 @torch.no_grad()
 def calibrate(chunks: Sequence[torch.nn.Module], context: ParallelContext, run_forward: Callable[[], object]) -> None:
-    """Max calibration: run data through the unquantized model and keep each layer's largest absolute input, in BF16.
+    """Run data through the unquantized model and keep each layer's largest absolute input, in BF16, or the percentile
+    of all that the recipe asks for; then choose the weight scales that are state.
 
     Leaves the model in mode ON with its weights quantized.
 
@@ -103,6 +116,7 @@ def calibrate(chunks: Sequence[torch.nn.Module], context: ParallelContext, run_f
     set_mode(chunks, QuantizerMode.CALIBRATE)
     for layer in quantized_linears(chunks):
         layer.input_amax.zero_()
+        layer.input_counts = None
     run_forward()
     layers = list(quantized_linears(chunks))
     reduced = _maximum([layer.input_amax for layer in layers], [context.tensor_group, context.data_group])
@@ -114,8 +128,41 @@ def calibrate(chunks: Sequence[torch.nn.Module], context: ParallelContext, run_f
                 "positive and finite, check the checkpoint and the calibration data"
             )
         layer.input_amax.copy_(_up_to_bfloat16(amax))
+        _apply_percentile(layer, context)
+    _choose_scales(layers, context)
     refresh_weights(chunks, context)
     set_mode(chunks, QuantizerMode.ON)
+
+
+def _apply_percentile(layer: QuantizedLinear, context: ParallelContext) -> None:
+    """Lower the input amax to the percentile. Collectives: two sums of counts where a layer has them."""
+    if layer.input_counts is None:
+        return
+    counts, layer.input_counts = layer.input_counts, None
+    for group in (context.tensor_group, context.data_group):
+        if group.size() > 1:
+            dist.all_reduce(counts, group=group)
+    percentile = layer.scaling.activation_percentile
+    amax = percentile_of(counts, percentile)
+    if amax.item() == 0.0:
+        raise UserError(
+            f"quantization.activation_percentile={percentile} of the inputs of {layer.site.hf_modules[0]} is 0: use a "
+            "higher one, at most 100"
+        )
+    layer.input_amax.copy_(amax)
+
+
+def _choose_scales(layers: Sequence[QuantizedLinear], context: ParallelContext) -> None:
+    """Scales that are state. Collective: one all-reduce (maximum) over the tensor-parallel group."""
+    stored = [layer for layer in layers if layer.scaling.stored]
+    amaxes = _maximum([layer.largest_weight() for layer in stored], [context.tensor_group])
+    for layer, amax in zip(stored, amaxes, strict=True):
+        layer.choose_scales(amax)
+
+
+def weight_scales(chunks: Sequence[torch.nn.Module]) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """What each quantized layer's copy was quantized with (``scales``), by the name of its first Hugging Face module."""
+    return {layer.site.hf_modules[0]: layer.scales for layer in quantized_linears(chunks)}
 
 
 def input_amaxes(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
