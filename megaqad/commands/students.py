@@ -12,8 +12,8 @@ from megaqad.evaluation import Evaluation, Evaluator
 from megaqad.identity import identity_of
 from megaqad.models.causal_lm import CausalLM
 from megaqad.quantization.layers import QuantizerMode
-from megaqad.quantization.state import refresh_weights, round_to_export_dtype, set_mode
 from megaqad.quantization.settings import SCALE_LR
+from megaqad.quantization.state import refresh_weights, round_to_export_dtype, set_mode
 from megaqad.runtime.agree import on_main
 from megaqad.runtime.files import write_text_whole
 from megaqad.training.checkpoint import STATE_FILE, CheckpointState, damage, layout_of, read_state

@@ -9,9 +9,10 @@ handed unchanged to X and W, in high precision. Everything parallel (sequence-pa
 all-reduce, output reduce) stays Megatron-Core's: only the operands of ``_forward_impl`` are replaced.
 
 Scales. The input scale is static, from calibration, and shared by all ranks and by the modules fused in this layer.
-The weight scale follows the weight as it trains, unless it is frozen or learned (``scales.py``): ``state.refresh_weights`` quantizes every weight once per optimizer
-step, not once per microbatch, and forward uses that copy. With sequence parallelism the input is quantized before it
-is gathered: blocks lie along the hidden dim, so the values are the same and each rank does its share.
+The weight scale follows the weight as it trains, unless it is frozen or learned (``scales.py``):
+``state.refresh_weights`` quantizes every weight once per optimizer step, not once per microbatch, and forward uses that
+copy. With sequence parallelism the input is quantized before it is gathered: blocks lie along the hidden dim, so the
+values are the same and each rank does its share.
 
 Memory. A fake-quantized input is a four-bit number with shared scales, so that is what is kept of it for backward: its
 codes and block scales, 4.5 bits per element instead of 16. Megatron-Core's function saves the input itself; a hook on
@@ -46,7 +47,7 @@ from megaqad.nvfp4 import (
 )
 from megaqad.quantization.formats import LinearFormat
 from megaqad.quantization.numbers import EXPORT_DTYPE, number_format
-from megaqad.quantization.scales import LearnedScales, Scaling, count_magnitudes
+from megaqad.quantization.scales import DEFAULT_SCALING, LearnedScales, Scaling, count_magnitudes
 
 
 class QuantizerMode(Enum):
@@ -141,13 +142,13 @@ class _QuantizedLinear(torch.nn.Module):
         *args: Any,
         site: LinearSite,
         quantization: LinearFormat,
-        scaling: Scaling = Scaling(),
+        scaling: Scaling = DEFAULT_SCALING,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.site = site
         self.quantization = quantization
-        self.scaling = scaling if quantization.weights == "nvfp4" else Scaling()
+        self.scaling = scaling if quantization.weights == "nvfp4" else DEFAULT_SCALING
         self.mode = QuantizerMode.OFF
         self.input_counts: Tensor | None = None
         self.register_buffer("input_amax", torch.zeros((), dtype=torch.float32, device=self.weight.device))

@@ -50,6 +50,9 @@ class Scaling:
         return self.weight_scales != "refreshed"
 
 
+DEFAULT_SCALING = Scaling()
+
+
 class LearnedScales(torch.autograd.Function):
     """Forward: stand the quantized copy in for the weight. Backward: the gradients of the module's docstring."""
 

@@ -161,7 +161,7 @@ def _choose_scales(layers: Sequence[QuantizedLinear], context: ParallelContext) 
 
 
 def weight_scales(chunks: Sequence[torch.nn.Module]) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """What each quantized layer's copy was quantized with (``scales``), by the name of its first Hugging Face module."""
+    """What each quantized layer's copy was quantized with (``scales``), by its first Hugging Face module."""
     return {layer.site.hf_modules[0]: layer.scales for layer in quantized_linears(chunks)}
 
 

@@ -1,4 +1,4 @@
-"""The scales that ``mse`` and ``four_over_six`` choose: the best there are, and what ``quantize`` then makes of them."""
+"""The scales that ``mse`` and ``four_over_six`` choose are the best, and what ``quantize`` then makes of them."""
 
 import pytest
 import torch
