@@ -15,6 +15,7 @@ from megaqad.identity import identity_of
 from megaqad.models.causal_lm import CausalLM
 from megaqad.quantization.choice import has_choice, read_choice, write_choice
 from megaqad.quantization.layers import QuantizerMode
+from megaqad.quantization.settings import SCALE_LR
 from megaqad.quantization.state import refresh_weights, round_to_export_dtype, set_mode
 from megaqad.runtime.agree import on_main
 from megaqad.runtime.files import write_text_whole
@@ -96,7 +97,9 @@ def train_student(session: Session, run_dir: Path, objective: Objective) -> list
     settings = session.settings
     student = ptq_student(session)
     wrapped = wrap_for_training(student)
-    optimizer, scheduler = build_optimizer(wrapped, settings.train, session.dtype)
+    optimizer, scheduler = build_optimizer(
+        wrapped, settings.train, session.dtype, scale_lr=settings.quantization.scale_lr or SCALE_LR
+    )
     teaches = objective is Objective.QAD and divergence_of(session).needs_teacher
     teacher = teacher_of(session, student) if teaches or settings.distill.hidden.weight else None
     evaluators: list[Evaluator] = []  # made on first use: it loads the original model, which a cached teacher spares

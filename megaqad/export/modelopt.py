@@ -18,7 +18,8 @@ shards' bytes are the bytes of the whole, cut; what is gathered is 4.5 bits per 
 cast to BF16 first, and amax, scales and codes all come from that one tensor, so that the files equal what ModelOpt
 writes for a BF16 model. One exception: ModelOpt leaves q, k, v and gate, up FP8 scales of their own, and engines then
 quantize these weights again with the largest. Here they share the largest from the start, and engines change nothing.
-The weight amax is taken anew here, never from calibration: trained weights move.
+NVFP4 scales are those that the student computed with: frozen or learned ones as they are, refreshed ones from the
+weight as it is now, since trained weights move.
 """
 
 from collections.abc import Mapping
@@ -38,10 +39,11 @@ from megaqad.models.families import HfTensor, PlacedRow, linear_modules
 from megaqad.models.hf_files import MAX_FILE_BYTES, HfFiles
 from megaqad.models.hf_writer import Piece, stream_pieces, written_rows
 from megaqad.models.sharding import local_parameters, take_parts
-from megaqad.nvfp4 import global_scale_from_amax, tensor_amax
+from megaqad.nvfp4 import global_scale_from_amax, quantize, tensor_amax
 from megaqad.quantization.formats import FORMATS, LinearFormat
 from megaqad.quantization.numbers import EXPORT_DTYPE, fp8_scale, number_format
 from megaqad.quantization.recipe import HEAD
+from megaqad.quantization.state import weight_scales
 from megaqad.runtime.parallel import ParallelContext
 
 KV_SCHEMES: dict[str, Any] = {"fp8": {"dynamic": False, "num_bits": 8, "type": "float"}, "nvfp4": "NVFP4"}
@@ -76,6 +78,9 @@ class QuantizedConversion:
     description: ModelDescription
     context: ParallelContext
     quantization: Quantization
+    weight_scales: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    """Of this rank's layers (``state.weight_scales``): where blocks have an amax of their own it is what is written.
+    Elsewhere, and without it, scales come from the weight."""
 
     def _format(self, placed: PlacedRow) -> LinearFormat | None:
         chosen = [
@@ -105,10 +110,9 @@ class QuantizedConversion:
         chosen, device = self._format(placed), cast[0].device
         tensors: list[Tensor] = []
         if chosen is not None:
-            amax = torch.stack([tensor_amax(shard) for shard in cast]).amax()  # over the modules an engine fuses
-            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.context.tensor_group)
-            for part, shard in zip(placed.parts, cast, strict=True):
-                tensors += number_format(chosen.weights).quantize_weight(shard, amax).values()
+            amax, blocks = self._scales(placed, cast)
+            for part, shard, block_amax in zip(placed.parts, cast, blocks, strict=True):
+                tensors += _packed(chosen.weights, shard, amax, block_amax)
                 if chosen.calibrates_inputs:
                     largest = torch.tensor(self.quantization.input_amax[part.module], device=device)
                     tensors.append(_scale(chosen.activations, largest))
@@ -125,6 +129,25 @@ class QuantizedConversion:
             return []
         _, key, value = (part.module for part in placed.parts)
         return [(f"{key}.k_scale", key), (f"{value}.v_scale", value)]
+
+    def _scales(self, placed: PlacedRow, shards: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        """amax float32 [] of the row, and block_amax float32 [N, K / 16] of each part where they were chosen."""
+        amax, block_amax = self.weight_scales.get(placed.parts[0].module, (None, None))
+        if amax is not None and block_amax is not None:
+            ranks = (self.context.tensor_rank, self.context.sizes.tensor)
+            return amax, list(take_parts(placed.row, block_amax, self.description, *ranks))
+        amax = torch.stack([tensor_amax(shard) for shard in shards]).amax()  # over the modules an engine fuses
+        dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.context.tensor_group)
+        return amax, [None] * len(shards)
+
+
+def _packed(number: str, weight: Tensor, amax: Tensor, block_amax: Tensor | None) -> list[Tensor]:
+    """The tensors of a weight shard [N, K] under a shared ``amax``; ``block_amax`` of NVFP4 blocks that were chosen."""
+    if block_amax is None:
+        return list(number_format(number).quantize_weight(weight, amax).values())
+    assert number == "nvfp4", number
+    packed = quantize(weight, amax, block_amax=block_amax)
+    return [packed.codes, packed.block_scales, packed.global_scale]
 
 
 def _scale(number: str, amax: Tensor) -> Tensor:
@@ -171,7 +194,7 @@ def export_modelopt(
     """
     unknown = set(quantization.formats) - {*linear_modules(description), HEAD}
     assert not unknown, f"not linear modules of this model: {sorted(unknown)}"
-    conversion = QuantizedConversion(description, context, quantization)
+    conversion = QuantizedConversion(description, context, quantization, weight_scales(chunks))
     _refuse_unfit(chunks, conversion)
     pieces = [piece for placed in written_rows(description) for piece in conversion.pieces(placed)]
     manifest = Manifest()

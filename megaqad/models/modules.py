@@ -21,6 +21,10 @@ from torch import Tensor, nn
 from megaqad.models.description import ModelDescription
 
 
+class QuantizerParameter(nn.Parameter):
+    """A parameter that no Hugging Face tensor holds as it is: a learned scale of the quantizers."""
+
+
 class RMSNorm(nn.Module):
     """y = weight * x / sqrt(mean(x^2) + eps) over the last dim, in the order of operations of transformers.
 

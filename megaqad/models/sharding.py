@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megaqad.models.causal_lm import CausalLM, vocab_shard
 from megaqad.models.description import ModelDescription
 from megaqad.models.families import Join, PlacedRow, Row, Shard, placed_rows
+from megaqad.models.modules import QuantizerParameter
 
 
 def shard_range(row: Row, size: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -61,13 +62,13 @@ def take_parts(row: Row, parameter: Tensor, description: ModelDescription, rank:
 
 
 def local_parameters(chunk: CausalLM, description: ModelDescription) -> Iterator[tuple[PlacedRow, nn.Parameter]]:
-    """The parameters that this chunk holds, with their rows, in checkpoint order.
+    """The parameters that this chunk holds, learned scales apart, with their rows, in checkpoint order.
 
     Raises:
         AssertionError: the chunk has a parameter that no row of the table names.
     """
     local_index = {layer.layer_number - 1: index for index, layer in enumerate(chunk.decoder.layers)}
-    parameters = dict(chunk.named_parameters())
+    parameters = {name: one for name, one in chunk.named_parameters() if not isinstance(one, QuantizerParameter)}
     for placed in placed_rows(description):
         if placed.layer is None:
             name = placed.row.megatron

@@ -1,6 +1,7 @@
 """The NVFP4 number format: one definition, bit for bit what checkpoints hold and engines read."""
 
 from megaqad.nvfp4.api import Impl, dequantize, fake_quantize, fake_quantize_packed, quantize
+from megaqad.nvfp4.calibration import METHODS, choose_scales
 from megaqad.nvfp4.format import (
     BLOCK_SIZE,
     NVFP4Tensor,
@@ -11,9 +12,11 @@ from megaqad.nvfp4.format import (
 
 __all__ = [
     "BLOCK_SIZE",
+    "METHODS",
     "Impl",
     "NVFP4Tensor",
     "check_finite",
+    "choose_scales",
     "dequantize",
     "fake_quantize",
     "fake_quantize_packed",

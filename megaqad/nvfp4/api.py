@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megaqad.nvfp4 import reference, vectorized
-from megaqad.nvfp4.format import NVFP4Tensor, check_quantizable
+from megaqad.nvfp4.format import BLOCK_SIZE, NVFP4Tensor, check_quantizable
 
 Impl = Literal["auto", "reference", "torch", "triton"]
 
@@ -62,13 +62,17 @@ def _triton_kernels() -> Implementation:
 
 
 @torch.no_grad()
-def quantize(x: Tensor, amax: Tensor | None = None, *, impl: Impl = "auto") -> NVFP4Tensor:
+def quantize(
+    x: Tensor, amax: Tensor | None = None, *, block_amax: Tensor | None = None, impl: Impl = "auto"
+) -> NVFP4Tensor:
     """Quantize ``x`` to NVFP4, byte for byte what ModelOpt 0.47 exports for the same tensor and amax.
 
     Args:
         x: [..., K] bfloat16, float16 or float32, K a multiple of 16; any strides, any leading shape, no rows allowed.
         amax: float32 [] that sets the global scale; None takes it from ``x``. Values beyond it saturate. For a tensor
             that is sharded, or that an engine fuses with others, pass the amax of the whole.
+        block_amax: float32 [..., K // 16] that sets the block scales, from ``choose_scales`` or learned, together with
+            an ``amax``; None takes each block's own largest magnitude.
 
     Returns:
         codes uint8 [..., K // 2], block_scales float8_e4m3fn [..., K // 16], global_scale float32 [].
@@ -80,7 +84,13 @@ def quantize(x: Tensor, amax: Tensor | None = None, *, impl: Impl = "auto") -> N
             looked for here, since that would wait for the device: see ``check_finite``.
     """
     check_quantizable(x, amax)
-    return implementation(impl, x.device).quantize(x, amax)
+    if block_amax is None:
+        return implementation(impl, x.device).quantize(x, amax)
+    if amax is None or block_amax.shape != (*x.shape[:-1], x.shape[-1] // BLOCK_SIZE):
+        raise ValueError(
+            f"block_amax needs an amax and one value per block of {list(x.shape)}, not shape {list(block_amax.shape)}"
+        )
+    return (reference if impl == "reference" else vectorized).quantize(x, amax, block_amax)
 
 
 @torch.no_grad()

@@ -38,20 +38,29 @@ def decode_e2m1(codes: Tensor) -> Tensor:
     return torch.cat((magnitudes, 0.0 - magnitudes))[codes.long()]
 
 
-def quantize(x: Tensor, amax: Tensor | None) -> NVFP4Tensor:
-    """``x`` [..., K] in BF16, FP16 or FP32 to NVFP4 under the global scale of ``amax`` (of ``x`` itself when None)."""
+def block_scales(block_amax: Tensor, global_scale: Tensor) -> Tensor:
+    """The E4M3 scales of blocks with these amax (any shape): the nearest to what makes each amax a 6; 1 for zero."""
+    ideal = block_amax / (E2M1_MAX * global_scale)
+    ideal = torch.where(ideal == 0, 1.0, ideal)
+    # Clamp before the cast: below, so that a small block keeps its signal; above, because E4M3 has no infinity.
+    return ideal.clamp(E4M3_MIN_SUBNORMAL, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def quantize(x: Tensor, amax: Tensor | None, block_amax: Tensor | None = None) -> NVFP4Tensor:
+    """``x`` [..., K] in BF16, FP16 or FP32 to NVFP4 under the global scale of ``amax`` (of ``x`` itself when None).
+
+    ``block_amax``, float32 [..., B], stands in for the blocks' own maxima where their scales are chosen otherwise.
+    """
     global_scale = global_scale_from_amax(tensor_amax(x) if amax is None else amax)
     blocks = x.detach().float().unflatten(-1, (-1, BLOCK_SIZE))  # [..., B, 16]
 
-    ideal = blocks.abs().amax(-1) / (E2M1_MAX * global_scale)  # [..., B]
-    ideal = torch.where(ideal == 0, 1.0, ideal)
-    # Clamp before the cast: below, so that a small block keeps its signal; above, because E4M3 has no infinity.
-    block_scales = ideal.clamp(E4M3_MIN_SUBNORMAL, E4M3_MAX).to(torch.float8_e4m3fn)
+    largest = blocks.abs().amax(-1) if block_amax is None else block_amax  # [..., B]
+    e4m3 = block_scales(largest, global_scale)
 
-    scales = block_scales.float() * global_scale
+    scales = e4m3.float() * global_scale
     codes = encode_e2m1(blocks / scales.unsqueeze(-1)).flatten(-2)  # [..., K]
     packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return NVFP4Tensor(packed, block_scales, global_scale)
+    return NVFP4Tensor(packed, e4m3, global_scale)
 
 
 def dequantize(q: NVFP4Tensor, dtype: torch.dtype) -> Tensor:

@@ -53,9 +53,9 @@ _BYTE_VALUES = [
 ]
 
 
-def quantize(x: Tensor, amax: Tensor | None) -> NVFP4Tensor:
+def quantize(x: Tensor, amax: Tensor | None, block_amax: Tensor | None = None) -> NVFP4Tensor:
     """As ``reference.quantize``, bit for bit."""
-    _, q = _run(x, amax, values=None, codes=_empty_codes(x))
+    _, q = _run(x, amax, values=None, codes=_empty_codes(x), block_amax=block_amax)
     assert q is not None
     return q
 
@@ -83,26 +83,26 @@ def dequantize(q: NVFP4Tensor, dtype: torch.dtype) -> Tensor:
     scales = (q.block_scales.reshape(-1, 1).float()).mul_(q.global_scale)
     out = torch.empty(q.shape, dtype=dtype, device=device)
     flat = out.view(-1, BLOCK_SIZE)
-    for piece in _pieces(len(codes), device):
+    for piece in pieces(len(codes), device):
         pairs = torch.index_select(table, 0, codes[piece].flatten().int())
         flat[piece] = pairs.view(torch.float32).view(-1, BLOCK_SIZE).mul_(scales[piece])
     return out
 
 
 def _run(
-    x: Tensor, amax: Tensor | None, values: Tensor | None, codes: Tensor | None
+    x: Tensor, amax: Tensor | None, values: Tensor | None, codes: Tensor | None, block_amax: Tensor | None = None
 ) -> tuple[Tensor | None, NVFP4Tensor | None]:
     """One pass over ``x`` that fills whichever of ``values`` [..., K] and ``codes`` [..., K // 2] is given."""
     blocks = x.detach().contiguous().view(-1, BLOCK_SIZE)
-    block_scales, scales, global_scale = _scales(blocks, amax)
+    block_scales, scales, global_scale = _scales(blocks, amax, block_amax)
     flat_values = None if values is None else values.view(-1, BLOCK_SIZE)
     flat_codes = None if codes is None else codes.view(-1, BLOCK_SIZE // 2)
 
     rounder = packer = None
-    for piece in _pieces(len(blocks), x.device):
+    for piece in pieces(len(blocks), x.device):
         part, scale = blocks[piece], scales[piece]
         if rounder is None or len(rounder.y) != len(part):  # all pieces but the last are of one size
-            rounder = _Rounder(len(part), x.device)
+            rounder = Rounder(len(part), x.device)
             packer = None if codes is None else _Packer(len(part), x.device)
         y = rounder.y.copy_(part).div_(scale)
         if packer is not None:
@@ -118,7 +118,7 @@ def _run(
     return values, NVFP4Tensor(codes, block_scales.view(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE), global_scale)
 
 
-class _Rounder:
+class Rounder:
     """Rounds ``y`` float32 [b, 16], elements in units of their block's scale, to the values of E2M1, in place."""
 
     def __init__(self, b: int, device: torch.device) -> None:
@@ -161,9 +161,9 @@ class _Packer:
         out.copy_(byte)
 
 
-def _scales(blocks: Tensor, amax: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _scales(blocks: Tensor, amax: Tensor | None, chosen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """From ``blocks`` [B, 16]: block scales E4M3 [B], what they multiply by float32 [B, 1], global scale []."""
-    block_amax = _block_amax(blocks)
+    block_amax = block_maxima(blocks) if chosen is None else chosen.detach().reshape(-1).clone()
     if amax is None:
         amax = block_amax.max() if len(blocks) else block_amax.new_zeros(())
     global_scale = global_scale_from_amax(amax)
@@ -173,17 +173,17 @@ def _scales(blocks: Tensor, amax: Tensor | None) -> tuple[Tensor, Tensor, Tensor
     return block_scales, block_scales.float().mul_(global_scale).unsqueeze(-1), global_scale
 
 
-def _block_amax(blocks: Tensor) -> Tensor:
+def block_maxima(blocks: Tensor) -> Tensor:
     """Largest magnitude of each of ``blocks`` [B, 16], float32 [B]."""
     bits = blocks.view(_BITS[blocks.dtype])
     out = torch.empty(len(bits), dtype=bits.dtype, device=bits.device)
     without_sign = torch.iinfo(bits.dtype).max
-    for piece in _pieces(len(bits), bits.device):
+    for piece in pieces(len(bits), bits.device):
         torch.amax(bits[piece] & without_sign, -1, out=out[piece])
     return out.view(blocks.dtype).to(torch.float32, copy=True)
 
 
-def _pieces(blocks: int, device: torch.device) -> Iterator[slice]:
+def pieces(blocks: int, device: torch.device) -> Iterator[slice]:
     """Cut ``blocks`` into ranges that are worked on one after another."""
     size = _BLOCKS_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else _BLOCKS_PER_LAUNCH
     return (slice(start, min(start + size, blocks)) for start in range(0, blocks, size))

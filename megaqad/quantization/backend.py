@@ -39,6 +39,11 @@ def check_backend(settings: QuantizationSettings, dtype: str) -> None:
         raise UserError(
             f"{asked} leaves the output head to the loss: add lm_head to quantization.exclude, or {instead}"
         )
+    if (settings.calibration, settings.weight_scales) != ("max", "refreshed"):
+        raise UserError(
+            f"{asked} takes scales from the largest weights, not quantization.calibration={settings.calibration} with "
+            f"quantization.weight_scales={settings.weight_scales}: {instead}"
+        )
     if dtype != "bfloat16":
         raise UserError(
             f"{asked} quantizes weights as they are, while the export rounds them to BF16 first, so runtime.dtype="

@@ -38,7 +38,7 @@ class HeadQuantizer(torch.nn.Module):
         """The weight as the checkpoint will hold it before quantization: BF16 [real rows, h], no gradient."""
         return self._weight().detach().to(EXPORT_DTYPE)
 
-    def weight_amax(self) -> Tensor:
+    def largest_weight(self) -> Tensor:
         """float32 []: largest absolute weight of this rank's shard; 0 where the shard is all padding."""
         return tensor_amax(self.export_weight())
 

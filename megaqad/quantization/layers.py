@@ -9,25 +9,45 @@ handed unchanged to X and W, in high precision. Everything parallel (sequence-pa
 all-reduce, output reduce) stays Megatron-Core's: only the operands of ``_forward_impl`` are replaced.
 
 Scales. The input scale is static, from calibration, and shared by all ranks and by the modules fused in this layer.
-The weight scale follows the weight as it trains: ``state.refresh_weights`` quantizes every weight once per optimizer
-step, not once per microbatch, and forward uses that copy. With sequence parallelism the input is quantized before it
-is gathered: blocks lie along the hidden dim, so the values are the same and each rank does its share.
+The weight scale follows the weight as it trains, unless it is frozen or learned (``scales.py``):
+``state.refresh_weights`` quantizes every weight once per optimizer step, not once per microbatch, and forward uses that
+copy. With sequence parallelism the input is quantized before it is gathered: blocks lie along the hidden dim, so the
+values are the same and each rank does its share.
+
+Memory. A fake-quantized input is a four-bit number with shared scales, so that is what is kept of it for backward: its
+codes and block scales, 4.5 bits per element instead of 16. Megatron-Core's function saves the input itself; a hook on
+that very tensor hands it the packed form and unpacks it in backward, bit for bit. Its collectives, sequence-parallel
+gather and recomputation do not know.
 
 Weights are rounded to BF16, the dtype of the checkpoint, before they are quantized, also in FP32 runs: what is
 trained is then exactly what is exported.
 """
 
+from contextlib import AbstractContextManager
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megaqad.models.families import LinearSite
-from megaqad.nvfp4 import tensor_amax
+from megaqad.models.modules import QuantizerParameter
+from megaqad.nvfp4 import (
+    BLOCK_SIZE,
+    NVFP4Tensor,
+    choose_scales,
+    dequantize,
+    fake_quantize_packed,
+    quantize,
+    tensor_amax,
+)
 from megaqad.quantization.formats import LinearFormat
 from megaqad.quantization.numbers import EXPORT_DTYPE, number_format
+from megaqad.quantization.scales import DEFAULT_SCALING, LearnedScales, Scaling, count_magnitudes
 
 
 class QuantizerMode(Enum):
@@ -56,6 +76,51 @@ def straight_through(weight: Tensor, quantized: Tensor) -> Tensor:
     return result
 
 
+class _PackedFakeQuantize(torch.autograd.Function):
+    """Forward: fake quantization, with the packed form kept in the graph. Backward: the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, amax: Tensor) -> Tensor:
+        values, packed = fake_quantize_packed(x, amax)
+        ctx.save_for_backward(packed.codes, packed.block_scales, packed.global_scale)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _PackedInput:
+    """A fake-quantized input, and the hooks by which whatever saves it for backward saves its packed form.
+
+    The packed tensors belong to the graph node that made the input, so that hooks further out (offloading, counting)
+    see them as any saved tensor. An input that needs no gradient has no such node; then they are kept here.
+    """
+
+    def __init__(self, x: Tensor, amax: Tensor) -> None:
+        """``x``: [..., K], K a multiple of 16; ``amax``: float32 [] or one per row, as ``fake_quantize`` takes it."""
+        self.values: Tensor
+        if x.requires_grad:
+            self.values = cast(Tensor, _PackedFakeQuantize.apply(x, amax))
+            node: Any = self.values.grad_fn
+            self._packed = lambda: node.saved_tensors
+        else:
+            self.values, packed = fake_quantize_packed(x, amax)
+            self._packed = lambda: (packed.codes, packed.block_scales, packed.global_scale)
+
+    def saving(self) -> AbstractContextManager[None]:
+        """Within it, saving ``values`` keeps no reference to them; anything else is saved as it is."""
+        mine, dtype, packed = self.values.data_ptr(), self.values.dtype, self._packed
+
+        def pack(tensor: Tensor) -> Any:
+            return packed if tensor.data_ptr() == mine else tensor
+
+        def unpack(saved: Any) -> Tensor:
+            return saved if isinstance(saved, Tensor) else dequantize(NVFP4Tensor(*saved()), dtype)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
 class QuantizedLinear(torch.nn.Module):
     """The quantizers of one parallel linear layer; mixed in before Megatron-Core's layer.
 
@@ -65,34 +130,124 @@ class QuantizedLinear(torch.nn.Module):
         input_amax: float32 [], largest absolute input seen in calibration; 0 until then. Part of the state dict,
             identical on all tensor- and data-parallel ranks.
         mode: what forward does with the quantizers.
+        packs_inputs: keep inputs packed for backward. Off is the readable form, the oracle of the tests.
     """
+
+    packs_inputs = True
 
     site: LinearSite
     quantization: LinearFormat
     mode: QuantizerMode
     weight: Tensor
     input_amax: Tensor
+    weight_amax: Tensor
+    weight_block_amax: Tensor
+    tp_group: torch.distributed.ProcessGroup
 
-    def __init__(self, *args: Any, site: LinearSite, quantization: LinearFormat, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        site: LinearSite,
+        quantization: LinearFormat,
+        scaling: Scaling = DEFAULT_SCALING,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.site = site
         self.quantization = quantization
+        self.scaling = scaling if quantization.weights == "nvfp4" else DEFAULT_SCALING
         self.mode = QuantizerMode.OFF
+        self.input_counts: Tensor | None = None
         self.register_buffer("input_amax", torch.zeros((), dtype=torch.float32, device=self.weight.device))
+        if self.scaling.stored:
+            self._make_scales()
         self._quantized_weight: Tensor | None = None
+        self._scales: tuple[Tensor, Tensor | None] | None = None
+
+    def _make_scales(self) -> None:
+        """Room for the scales that are state: parameters when learned, buffers when frozen."""
+        rows, inputs = self.weight.shape
+        new: dict[str, Any] = {"dtype": torch.float32, "device": self.weight.device}
+        tensors = {
+            "weight_amax": torch.zeros(1, **new),
+            "weight_block_amax": torch.zeros(rows, inputs // BLOCK_SIZE, **new),
+        }
+        for name, tensor in tensors.items():
+            if self.scaling.weight_scales == "learned":
+                self.register_parameter(name, QuantizerParameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+        if self.scaling.weight_scales == "learned":
+            set_tensor_model_parallel_attributes(self.weight_block_amax, True, self.cut_dim, 1)
+            self.weight_amax.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
+
+    @property
+    def cut_dim(self) -> int:
+        """The dim of the weight that the tensor-parallel ranks divide."""
+        return 0 if self.site.parallel == "column" else 1
+
+    @property
+    def scales(self) -> tuple[Tensor, Tensor | None]:
+        """(amax float32 [], block_amax float32 [out(/tp), in(/tp) / 16] or None for the blocks' own) of the quantized
+        copy: what ``nvfp4.quantize`` makes the exported bytes with."""
+        assert self._scales is not None, "refresh_weights() must run first"
+        return self._scales
+
+    @torch.no_grad()
+    def choose_scales(self, amax: Tensor) -> None:
+        """Calibrate the scales that are state. ``amax``: float32 [], the maximum over all shards."""
+        chosen, blocks = choose_scales(self.export_weight(), amax, self.scaling.calibration)
+        self.weight_amax.copy_(chosen)
+        self.weight_block_amax.copy_(blocks)
 
     def export_weight(self) -> Tensor:
         """The weight as the checkpoint will hold it before quantization: BF16 [out(/tp), in(/tp)], no gradient."""
         return self.weight.detach().to(EXPORT_DTYPE)
 
-    def weight_amax(self) -> Tensor:
+    def largest_weight(self) -> Tensor:
         """float32 []: largest absolute weight of this rank's shard."""
         return tensor_amax(self.export_weight())
 
     @torch.no_grad()
     def set_quantized_weight(self, amax: Tensor) -> None:
         """Quantize the weight for the coming forwards. ``amax``: float32 [], the maximum over all shards."""
-        self._quantized_weight = number_format(self.quantization.weights).round_weight(self.weight, amax)
+        if not self.scaling.stored and self.scaling.calibration == "max":
+            self._scales = (amax, None)
+            self._quantized_weight = number_format(self.quantization.weights).round_weight(self.weight, amax)
+            return
+        if self.scaling.stored:
+            self._scales = (self.weight_amax.detach().reshape(()).clone(), self.weight_block_amax.detach().clone())
+        else:
+            self._scales = choose_scales(self.export_weight(), amax, self.scaling.calibration)
+        amax, block_amax = self._scales
+        packed = quantize(self.export_weight(), amax, block_amax=block_amax)
+        self._quantized_weight = dequantize(packed, self.weight.dtype)
+
+    def _operand(self, weight: Tensor) -> Tensor:
+        """The quantized copy, with gradients to what it is made from."""
+        if self.scaling.weight_scales != "learned":
+            return straight_through(weight, self.quantized_weight)
+        ranks = self.tp_group.size()
+        scales = (self.weight_amax, self.weight_block_amax)
+        return cast(Tensor, LearnedScales.apply(weight, *scales, self.quantized_weight, EXPORT_DTYPE, ranks))
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """Megatron-Core's, with the block scales cut as the weight is."""
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        if not self.scaling.stored:
+            return state
+        name = "weight_block_amax"
+        sharded = make_sharded_tensors_for_checkpoint(
+            {name: self.weight_block_amax},
+            prefix,
+            {name: self.cut_dim},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )[f"{prefix}{name}"]
+        if self.site.role == "fc1":  # this rank's gate rows, then its up rows
+            sharded = apply_swiglu_sharded_factory(sharded, sharded_offsets)
+        return {**state, f"{prefix}{name}": sharded}
 
     @property
     def quantized_weight(self) -> Tensor:
@@ -104,10 +259,19 @@ class QuantizedLinear(torch.nn.Module):
         """Replace the operands, then multiply as Megatron-Core does. Sharding as in its ``_forward_impl``."""
         if self.mode is QuantizerMode.CALIBRATE:
             self.input_amax.copy_(torch.maximum(self.input_amax, tensor_amax(input.detach())))
+            if self.scaling.activation_percentile < 100:
+                counts = count_magnitudes(input)
+                self.input_counts = counts if self.input_counts is None else self.input_counts + counts
         elif self.mode is QuantizerMode.ON:
-            weight = straight_through(weight, self.quantized_weight)
-            if self.quantization.activations != "none":
-                input = number_format(self.quantization.activations).round_input(input, self.input_amax)
+            weight = self._operand(weight)
+            activations = self.quantization.activations
+            saves_input = torch.is_grad_enabled() and weight.requires_grad
+            if activations == "nvfp4" and self.packs_inputs and saves_input:
+                packed = _PackedInput(input, self.input_amax)
+                with packed.saving():
+                    return super()._forward_impl(packed.values, weight, *args, **kwargs)  # type: ignore[misc]
+            if activations != "none":
+                input = number_format(activations).round_input(input, self.input_amax)
         return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
 
 

@@ -15,6 +15,10 @@ from megaqad.quantization.formats import CHOICES, FORMATS, KV_CACHE, WEIGHT_ONLY
 
 MISFITS = ("error", "keep")
 Backend = Literal["emulated", "transformer_engine"]
+CALIBRATIONS = ("max", "mse", "four_over_six")
+WEIGHT_SCALES = ("refreshed", "frozen", "learned")
+SCALE_LR = 1e-4
+"""Of learned scales, unless ``scale_lr`` says otherwise: amax is in units of weights."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,20 @@ class QuantizationSettings:
     calibration_samples: int = 64
     """Training sequences whose activations set the input scales."""
 
+    calibration: str = "max"
+    """How NVFP4 weight scales are chosen: ``max``; ``mse``, the E4M3 scale of least squared error for each block;
+    ``four_over_six``, each block's largest value as a 6 or as a 4 (arXiv 2512.02010)."""
+
+    weight_scales: str = "refreshed"
+    """``refreshed``: chosen again at every step, as weights train. ``frozen``: as calibration chose them; weights that
+    outgrow them saturate. ``learned``: trained too (LSQ), from what calibration chose."""
+
+    scale_lr: float | None = None
+    """Peak learning rate of learned scales; they have no weight decay. None is 1e-4."""
+
+    activation_percentile: float = 100.0
+    """Input scales cover this share of the magnitudes seen in calibration; the rest saturates."""
+
     auto: str | None = None
     """``bits:<average>``: keep those layer groups BF16 that cost the most KL, so that the weights the recipe quantizes
     average at most so many bits, block scales included (4.5 is all NVFP4). Measured once, then part of the run."""
@@ -62,6 +80,7 @@ class QuantizationSettings:
         return None if self.auto is None else float(self.auto.removeprefix("bits:"))
 
     def __post_init__(self) -> None:
+        self._check_scales()
         for name, value, known in (
             ("weights", self.weights, (*FORMATS, "none")),
             ("activations", self.activations, (*FORMATS, "none")),
@@ -124,6 +143,30 @@ class QuantizationSettings:
             raise UserError(
                 f"quantization.auto={auto} cannot be met: all NVFP4 is {NVFP4_BITS:g} bits, all BF16 {BF16_BITS:g} "
                 "(which is quantization=none); give an average between"
+            )
+
+    def _check_scales(self) -> None:
+        for name, value, choices in (
+            ("calibration", self.calibration, CALIBRATIONS),
+            ("weight_scales", self.weight_scales, WEIGHT_SCALES),
+        ):
+            if value not in choices:
+                raise UserError(f"quantization.{name}={value} is unknown: choose one of {', '.join(choices)}")
+        if self.scale_lr is not None and (self.weight_scales != "learned" or self.weights == "none"):
+            raise UserError(
+                f"quantization.scale_lr={self.scale_lr} trains nothing: set quantization.weight_scales=learned, or "
+                "leave it out"
+            )
+        if (self.calibration, self.weight_scales) != ("max", "refreshed") and self.weights not in ("nvfp4", "none"):
+            raise UserError(
+                f"quantization.calibration={self.calibration} with quantization.weight_scales={self.weight_scales} chooses "
+                f"scales of NVFP4 weights, but quantization.weights={self.weights}: leave both out"
+            )
+        if self.scale_lr is not None and not self.scale_lr > 0:
+            raise UserError(f"quantization.scale_lr={self.scale_lr} must be above 0, like 1e-4")
+        if not 0 < self.activation_percentile <= 100:
+            raise UserError(
+                f"quantization.activation_percentile={self.activation_percentile} must be above 0 and at most 100"
             )
 
 

@@ -6,7 +6,7 @@ The maxima of all layers travel in one all-reduce, not one per layer.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,8 @@ from megaqad.models.build import LinearChoice
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import ModelDescription
 from megaqad.models.families import LinearSite, head_site
-from megaqad.models.modules import CausalAttention
+from megaqad.models.modules import CausalAttention, QuantizerParameter
+from megaqad.nvfp4.calibration import Method
 from megaqad.quantization.attention import QuantizedCausalAttention
 from megaqad.quantization.head import HeadQuantizer
 from megaqad.quantization.layers import (
@@ -30,6 +31,7 @@ from megaqad.quantization.layers import (
     QuantizerMode,
 )
 from megaqad.quantization.recipe import Recipe
+from megaqad.quantization.scales import Scaling, percentile_of
 from megaqad.runtime.parallel import ParallelContext
 
 
@@ -45,11 +47,20 @@ def linear_for(recipe: Recipe, backend: str | None = None) -> LinearChoice:
     else:
         layers = {"column": NVFP4ColumnParallelLinear, "row": NVFP4RowParallelLinear}
 
+    settings = recipe.settings
+    scaling = Scaling(
+        calibration=cast(Method, settings.calibration),
+        weight_scales=settings.weight_scales,
+        activation_percentile=settings.activation_percentile,
+    )
+
     def choose(site: LinearSite) -> type | ModuleSpec:
         quantization = recipe.format_of(site.hf_modules)
         if quantization is None:
             return ColumnParallelLinear if site.parallel == "column" else RowParallelLinear
-        return ModuleSpec(module=layers[site.parallel], params={"site": site, "quantization": quantization})
+        return ModuleSpec(
+            module=layers[site.parallel], params={"site": site, "quantization": quantization, "scaling": scaling}
+        )
 
     return choose
 
@@ -127,7 +138,7 @@ def refresh_weights(chunks: Sequence[torch.nn.Module], context: ParallelContext)
     Collective: one all-reduce (maximum) over the tensor-parallel group.
     """
     layers = list(quantized_linears(chunks))
-    amaxes = _maximum([layer.weight_amax() for layer in layers], [context.tensor_group])
+    amaxes = _maximum([layer.largest_weight() for layer in layers], [context.tensor_group])
     for layer, amax in zip(layers, amaxes, strict=True):
         layer.set_quantized_weight(amax)
 
@@ -137,12 +148,14 @@ def round_to_export_dtype(chunks: Sequence[torch.nn.Module]) -> None:
     """Round every parameter to the dtype of the exported checkpoint, in place; nothing changes in a BF16 run."""
     for chunk in chunks:
         for parameter in chunk.parameters():
-            parameter.copy_(parameter.to(EXPORT_DTYPE))
+            if not isinstance(parameter, QuantizerParameter):  # scales are exported as they are
+                parameter.copy_(parameter.to(EXPORT_DTYPE))
 
 
 @torch.no_grad()
 def calibrate(chunks: Sequence[torch.nn.Module], context: ParallelContext, run_forward: Callable[[], object]) -> None:
-    """Max calibration: run data through the unquantized model and keep each layer's largest absolute input, in BF16.
+    """Run data through the unquantized model and keep each layer's largest absolute input, in BF16, or the percentile
+    of all that the recipe asks for; then choose the weight scales that are state.
 
     Leaves the model in mode ON with its weights quantized.
 
@@ -158,6 +171,9 @@ def calibrate(chunks: Sequence[torch.nn.Module], context: ParallelContext, run_f
     set_mode(chunks, QuantizerMode.CALIBRATE)
     for _, amax in calibrated(chunks):
         amax.zero_()
+    for layer in quantized_linears(chunks):
+        if isinstance(layer, QuantizedLinear):
+            layer.input_counts = None
     run_forward()
     found = calibrated(chunks)
     reduced = _maximum([amax for _, amax in found], [context.tensor_group, context.data_group])
@@ -169,6 +185,10 @@ def calibrate(chunks: Sequence[torch.nn.Module], context: ParallelContext, run_f
                 "checkpoint and the calibration data"
             )
         buffer.copy_(_up_to_bfloat16(amax))
+    layers = [layer for layer in quantized_linears(chunks) if isinstance(layer, QuantizedLinear)]
+    for layer in layers:
+        _apply_percentile(layer, context)
+    _choose_scales(layers, context)
     refresh_weights(chunks, context)
     set_mode(chunks, QuantizerMode.ON)
 
@@ -190,6 +210,42 @@ def cache_amaxes(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
         name: amax.item()
         for cache in quantized_caches(chunks)
         for name, amax in zip(cache.hf_modules, (cache.key_amax, cache.value_amax), strict=True)
+    }
+
+
+def _apply_percentile(layer: QuantizedLinear, context: ParallelContext) -> None:
+    """Lower the input amax to the percentile. Collectives: two sums of counts where a layer has them."""
+    if layer.input_counts is None:
+        return
+    counts, layer.input_counts = layer.input_counts, None
+    for group in (context.tensor_group, context.data_group):
+        if group.size() > 1:
+            dist.all_reduce(counts, group=group)
+    percentile = layer.scaling.activation_percentile
+    amax = percentile_of(counts, percentile)
+    if amax.item() == 0.0:
+        raise UserError(
+            f"quantization.activation_percentile={percentile} of the inputs of {layer.site.hf_modules[0]} is 0: use a "
+            "higher one, at most 100"
+        )
+    layer.input_amax.copy_(amax)
+
+
+def _choose_scales(layers: Sequence[QuantizedLinear], context: ParallelContext) -> None:
+    """Scales that are state. Collective: one all-reduce (maximum) over the tensor-parallel group."""
+    stored = [layer for layer in layers if layer.scaling.stored]
+    amaxes = _maximum([layer.largest_weight() for layer in stored], [context.tensor_group])
+    for layer, amax in zip(stored, amaxes, strict=True):
+        layer.choose_scales(amax)
+
+
+def weight_scales(chunks: Sequence[torch.nn.Module]) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """What each quantized layer's copy was quantized with (``scales``), by its first Hugging Face module; the head's
+    scales are always its weight's own."""
+    return {
+        layer.site.hf_modules[0]: layer.scales
+        for layer in quantized_linears(chunks)
+        if isinstance(layer, QuantizedLinear)
     }
 
 

@@ -56,19 +56,18 @@ class TransformerEngineLinear(QuantizedLinear):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._weight_scale_amax: Tensor | None = None
         self._weight_is_new = True
 
     def set_quantized_weight(self, amax: Tensor) -> None:
         """Have Transformer Engine quantize the weight at the next quantized forward, and keep it until called again."""
-        self._weight_scale_amax = amax
+        self._scales = (amax, None)
         self._weight_is_new = True
 
     @property
     def quantized_weight(self) -> Tensor:
         """[out(/tp), in(/tp)] in the weight's dtype: what the export will hold; made for every call."""
-        assert self._weight_scale_amax is not None, "refresh_weights() must run first"
-        return fake_quantize(self.export_weight().to(self.weight.dtype), self._weight_scale_amax)
+        amax, _ = self.scales
+        return fake_quantize(self.export_weight().to(self.weight.dtype), amax)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Shapes, sharding and collectives as in Megatron-Core's layer."""

@@ -8,11 +8,21 @@ from collections.abc import Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megaqad.config import TrainSettings
 from megaqad.models.causal_lm import CausalLM
+from megaqad.models.modules import QuantizerParameter
+from megaqad.quantization.settings import SCALE_LR
 
 
 def wrap_for_training(chunks: Sequence[CausalLM]) -> list[DistributedDataParallel]:
@@ -33,28 +43,38 @@ def wrap_for_training(chunks: Sequence[CausalLM]) -> list[DistributedDataParalle
 
 
 def build_optimizer(
-    student: Sequence[DistributedDataParallel], settings: TrainSettings, dtype: torch.dtype
+    student: Sequence[DistributedDataParallel],
+    settings: TrainSettings,
+    dtype: torch.dtype,
+    *,
+    scale_lr: float = SCALE_LR,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Distributed Adam with decoupled weight decay and global-norm clipping; linear warm-up, then cosine to min_lr.
 
     Also tells the model's config how the schedules finish a step (``finalize_model_grads``: reduction over data,
     embedding and sequence-parallel ranks, division by the tokens of the global batch).
+
+    Args:
+        scale_lr: peak learning rate of learned scales, which take part in the same warm-up and cosine, down to 0, and
+            have no weight decay.
     """
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=1e-8,
+        clip_grad=settings.clip_grad,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+    )
+    of_scales: ParamGroupOverride = {"wd_mult": 0.0, "max_lr": scale_lr, "min_lr": 0.0}
+    is_scale = ParamKey(predicate=ParamPredicate("scale", lambda one: isinstance(one, QuantizerParameter)))
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            min_lr=settings.min_lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.adam_beta1,
-            adam_beta2=settings.adam_beta2,
-            adam_eps=1e-8,
-            clip_grad=settings.clip_grad,
-            bf16=dtype is torch.bfloat16,
-            params_dtype=dtype,
-            use_distributed_optimizer=True,
-        ),
-        list(student),
+        config, list(student), config_overrides={**get_standard_config_overrides(config), is_scale: of_scales}
     )
     scheduler = OptimizerParamScheduler(
         optimizer,

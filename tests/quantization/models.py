@@ -13,7 +13,7 @@ from megaqad.quantization.state import modules_for
 from tests.models.checkpoints import hf_config
 
 
-def small_quantized_model(context, case="llama", **recipe):
+def small_quantized_model(context, case="llama", *, dtype=torch.float32, recompute=False, **recipe):
     """Chunks with random weights, quantizers off."""
     with TemporaryDirectory() as folder:
         config = hf_config(case)
@@ -21,5 +21,5 @@ def small_quantized_model(context, case="llama", **recipe):
         config.save_pretrained(folder)
         description = describe_model(Path(folder))
     made = recipe_for(QuantizationSettings(**recipe), description)
-    settings = transformer_config(description, context.sizes, dtype=torch.float32, initialize=True)
+    settings = transformer_config(description, context.sizes, dtype=dtype, recompute=recompute, initialize=True)
     return build_model(description, settings, context, **modules_for(made, description))
