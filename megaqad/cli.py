@@ -41,7 +41,12 @@ COMMANDS = {
         writes_run=True,
     ),
     "recover": Command("recover", "quantize, distil, evaluate, export, verify and report", writes_run=True),
-    "quantize": Command("quantize", "calibrate and measure the gap of post-training quantization", writes_run=True),
+    "quantize": Command(
+        "quantize",
+        "calibrate and measure the gap of post-training quantization, layer by layer too",
+        ("report.sensitivity=true",),
+        writes_run=True,
+    ),
     "distill": Command(
         "distill", "train the quantized student against the teacher; resumes by itself", writes_run=True
     ),

@@ -24,6 +24,8 @@ from megaqad.runtime.lock import DirectoryLock
 FILE = "run.json"
 NOT_IDENTITY_IN_TRAIN = ("micro_batch_size", "recompute", "stop_after", "max_bad_steps")
 TRAINING_COMMANDS = ("distill", "recover", "demo", "pretrain")
+NOT_READ_WITH_A_STUDENT = ("quantization.calibration_samples", "quantization.backend")
+"""Of a recipe: what may differ when a student is read. Backends compute one function, and only one runs anywhere."""
 CONTENT_KEYS = {"model": "model", "tokenizer": "tokenizer", "data.tokens": "set of training tokens"}
 """Facts that are digests: what differs is said in words."""
 WHOLE_FILE_BYTES = 64 * 1024 * 1024
@@ -161,8 +163,7 @@ def check_student(settings: Settings) -> None:
     wanted = {
         key: value
         for key, value in identity_of("evaluate", settings).items()
-        if key in ("model", "tokenizer")
-        or (key.startswith("quantization.") and key != "quantization.calibration_samples")
+        if key in ("model", "tokenizer") or (key.startswith("quantization.") and key not in NOT_READ_WITH_A_STUDENT)
     }
     check_same_run(recorded, wanted, settings.resume.allow, f"output_dir={settings.run_dir}")
 

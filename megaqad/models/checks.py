@@ -18,16 +18,14 @@ if TYPE_CHECKING:
     from megaqad.runtime.parallel import ParallelSizes
 
 READABLE_DTYPES = ("BF16", "F16", "F32")
-BLOCK = 16
-"""Values that share one NVFP4 scale; every dim that a matrix product sums over must be a multiple."""
 
 
 def check_checkpoint(description: ModelDescription, model_dir: Path) -> None:
     """Compare the files in ``model_dir`` with what ``description`` says must be there, headers only.
 
     Raises:
-        UserError: missing or extra tensors, a wrong shape or vocabulary size, an unreadable dtype, a truncated file,
-            or a hidden size that NVFP4 blocks do not divide.
+        UserError: missing or extra tensors, a wrong shape or vocabulary size, an unreadable dtype or a truncated
+            file.
     """
     found = read_headers(Path(model_dir))
     expected = hf_tensors(description)
@@ -49,16 +47,6 @@ def check_checkpoint(description: ModelDescription, model_dir: Path) -> None:
         )
     for name, shape in expected.items():
         _check_tensor(description, found[name], name, shape)
-    for key, size in (("hidden_size", description.hidden_size), ("intermediate_size", description.ffn_hidden_size)):
-        if size % BLOCK:
-            raise UserError(
-                f"{model_dir}: {key}={size} is not a multiple of {BLOCK}, the NVFP4 block; take another model"
-            )
-    if description.dims["q"] % BLOCK:
-        raise UserError(
-            f"{model_dir}: num_attention_heads x head_dim = {description.dims['q']} is not a multiple of {BLOCK}, "
-            "the NVFP4 block; take another model"
-        )
 
 
 def _some(names: list[str], show: int = 3) -> str:
@@ -109,8 +97,7 @@ def check_layout(description: ModelDescription, sizes: "ParallelSizes") -> None:
     """Whether the model can be divided by ``sizes``.
 
     Raises:
-        UserError: heads, feed-forward size or layers that do not divide, row-parallel shards that would cut an NVFP4
-            block, or an interleaved pipeline of one stage.
+        UserError: heads, feed-forward size or layers that do not divide, or an interleaved pipeline of one stage.
     """
     tensor = sizes.tensor
     for name, value in (
@@ -123,16 +110,6 @@ def check_layout(description: ModelDescription, sizes: "ParallelSizes") -> None:
             raise UserError(
                 f"parallel.tensor={tensor} does not divide {name}={value}; choose one of {_divisors(description)}"
             )
-    # A row-parallel linear cuts the dim that its blocks run along: o_proj the heads, down_proj the feed-forward size.
-    for name, value in (
-        ("num_attention_heads x head_dim", description.dims["q"]),
-        ("intermediate_size", description.ffn_hidden_size),
-    ):
-        if (value // tensor) % BLOCK:
-            raise UserError(
-                f"parallel.tensor={tensor} leaves {value // tensor} of {name}={value} on a rank, not a multiple of "
-                f"{BLOCK}, the NVFP4 block; choose one of {_divisors(description)}"
-            )
     _check_pipeline(description, sizes)
 
 
@@ -143,8 +120,8 @@ def _divisors(description: ModelDescription) -> str:
         for size in range(1, description.num_kv_heads + 1)
         if description.num_kv_heads % size == 0
         and description.hidden_size % size == 0
-        and description.dims["q"] % (size * BLOCK) == 0
-        and description.ffn_hidden_size % (size * BLOCK) == 0
+        and description.num_heads % size == 0
+        and description.ffn_hidden_size % size == 0
     ]
     return ", ".join(fitting) or "none (the model cannot be divided)"
 

@@ -60,12 +60,16 @@ def sync_directory(directory: Path) -> None:
 
 
 def write_text_whole(path: Path, text: str) -> FileDigest:
-    """Replace ``path`` by ``text`` (UTF-8): a reader, also one after a crash, sees the old file or the new one.
+    """``write_bytes_whole`` of ``text`` in UTF-8."""
+    return write_bytes_whole(path, text.encode("utf-8"))
+
+
+def write_bytes_whole(path: Path, content: bytes) -> FileDigest:
+    """Replace ``path`` by ``content``: a reader, also one after a crash, sees the old file or the new one.
 
     Raises:
         OSError: as from ``open``, ``write`` or ``fsync``; ``path`` is then what it was.
     """
-    content = text.encode("utf-8")
     temporary = path.with_name(f".{path.name}.writing")
     try:
         with temporary.open("wb") as file:

@@ -36,6 +36,8 @@ CASES: dict[str, dict[str, Any]] = {
         "vocab_size": 130,
         "num_hidden_layers": 2,
     },
+    # every dim a multiple of 32 on two ranks
+    "mxfp_llama": {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 130},
     "mistral": {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96, "sliding_window": 64},
     "qwen2": {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 515, "tie_word_embeddings": True},
     "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 257},
@@ -53,7 +55,7 @@ def hf_config(case: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 
     settings = {**COMMON, **CASES[case], **changes, "attn_implementation": "eager"}
-    return AutoConfig.for_model(case.split("_", maxsplit=1)[0], **settings)
+    return AutoConfig.for_model(case.removeprefix("mxfp_").split("_", maxsplit=1)[0], **settings)
 
 
 def make_checkpoint(
