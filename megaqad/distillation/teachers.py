@@ -20,7 +20,7 @@ from megaqad.distillation.cache import HiddenCache
 from megaqad.distillation.forward import forward_hidden
 from megaqad.models.causal_lm import CausalLM
 from megaqad.quantization.layers import QuantizerMode
-from megaqad.quantization.state import quantized_linears
+from megaqad.quantization.state import quantized_caches, quantized_linears
 from megaqad.runtime.agree import raise_together
 from megaqad.runtime.parallel import ParallelContext
 
@@ -96,15 +96,16 @@ class _QuantizersOff:
     """For the length of a ``with`` block the layers compute in BF16; then each is in its mode again."""
 
     def __init__(self, chunks: Sequence[CausalLM]) -> None:
-        self._modes = [(layer, layer.mode) for layer in quantized_linears(chunks)]
+        quantizers = [*quantized_linears(chunks), *quantized_caches(chunks)]
+        self._modes = [(one, one.mode) for one in quantizers]
 
     def __enter__(self) -> None:
-        for layer, _ in self._modes:
-            layer.mode = QuantizerMode.OFF
+        for quantizer, _ in self._modes:
+            quantizer.mode = QuantizerMode.OFF
 
     def __exit__(self, *_: object) -> None:
-        for layer, mode in self._modes:
-            layer.mode = mode
+        for quantizer, mode in self._modes:
+            quantizer.mode = mode
 
 
 class CachedTeacher:

@@ -15,8 +15,8 @@ from typing import Any
 
 POINTS = {
     "data": "megaqad.data.dataset:TokenDataset.micro_batches",
-    "teacher forward": "megaqad.distillation.step:forward_hidden",
-    "student forward": "megaqad.distillation.step:linear_kl",
+    "teacher forward": "megaqad.distillation.teachers:forward_hidden",
+    "student forward": "megaqad.distillation.step:linear_divergence",
     "backward": "megaqad.distillation.finite:_adder",
     "gradient reduction": "megaqad.training.optimizer:finalize_model_grads",
     "optimizer": "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.step_with_ready_grads",
