@@ -27,6 +27,8 @@ class Command:
     """Overrides that come before the user's."""
     writes_run: bool = False
     """Starts or continues the run in ``output_dir``, rather than reading it."""
+    reads_student: bool = False
+    """Works on the student of the run in ``output_dir``."""
     needs_model: bool = True
     """Works on a model and so has settings."""
 
@@ -39,15 +41,22 @@ COMMANDS = {
         writes_run=True,
     ),
     "recover": Command("recover", "quantize, distil, evaluate, export, verify and report", writes_run=True),
-    "quantize": Command("quantize", "calibrate and measure the gap of post-training quantization", writes_run=True),
+    "quantize": Command(
+        "quantize",
+        "calibrate and measure the gap of post-training quantization, layer by layer too",
+        ("report.sensitivity=true",),
+        writes_run=True,
+    ),
     "distill": Command(
         "distill", "train the quantized student against the teacher; resumes by itself", writes_run=True
     ),
-    "evaluate": Command("evaluate", "held-out KL to the teacher, cross entropies, top-1 agreement"),
-    "export": Command("export", "write the NVFP4 Hugging Face checkpoint"),
-    "verify": Command("verify", "read the export back as a client would and compare it with the student"),
+    "evaluate": Command("evaluate", "held-out KL to the teacher, cross entropies, top-1 agreement", reads_student=True),
+    "export": Command("export", "write the NVFP4 Hugging Face checkpoint", reads_student=True),
+    "verify": Command(
+        "verify", "read the export back as a client would and compare it with the student", reads_student=True
+    ),
     "report": Command("report", "write the page and its numbers"),
-    "logits": Command("logits", "tokens=<npy int64 [b, s]> through the teacher or the student"),
+    "logits": Command("logits", "tokens=<npy int64 [b, s]> through the teacher or the student", reads_student=True),
     "bench kl": Command("bench", "the loss beside its peers: time, memory, errors", needs_model=False),
     "bench nvfp4": Command("bench", "the number format's implementations: time, bandwidth", needs_model=False),
     "bench step": Command("bench", "a QAD step beside a fine-tuning step, part by part", ("experiment=demo",)),
@@ -119,6 +128,8 @@ def _run(name: str, overrides: list[str]) -> int:
     config.check_settings(name, settings)
     if command.writes_run:
         identity.check_output_dir(name, settings)
+    if command.reads_student:
+        identity.check_student(settings)
     if not launch.is_rank() and settings.local_ranks > 1:
         return launch.run_ranks_here([name, *overrides], settings.local_ranks)
     if not launch.is_rank():

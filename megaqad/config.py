@@ -8,10 +8,11 @@ that names the value, the limit and the way out.
 import ast
 import inspect
 import os
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING as dataclass_missing
-from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -21,20 +22,27 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megaqad.data.settings import DataSettings
+from megaqad.distill_settings import TEACHERS, DistillSettings, check_teacher
 from megaqad.errors import UserError
 from megaqad.models.checks import check_checkpoint, check_layout, check_sequence_length
 from megaqad.models.description import ModelDescription, describe_model
+from megaqad.quantization.backend import check_backend
+from megaqad.quantization.modelopt_recipe import is_modelopt_recipe, translate
 from megaqad.quantization.recipe import recipe_for
-from megaqad.quantization.settings import QuantizationSettings
+from megaqad.quantization.settings import QuantizationSettings, suggestion
 from megaqad.runtime.duration import seconds_of
 from megaqad.runtime.sizes import ParallelSizes
 
 BUNDLED_TEACHER = Path(__file__).parent / "assets" / "teacher"
-OBJECTIVES = ("qad", "qat")
 DTYPES = ("bfloat16", "float32")
 EXPORT_FORMATS = ("modelopt",)
 COMMANDS_WITH_DATA = ("demo", "recover", "quantize", "distill", "evaluate", "pretrain")
-PATH_SETTINGS = ("model", "output_dir", "tokens", "student")
+PATH_SETTINGS = ("model", "output_dir", "tokens", "student", "distill.teacher", "distill.cache")
+MADE_BY_RECIPE = tuple(
+    f"quantization.{name}" for name in ("weights", "activations", "include", "exclude", "formats", "kv_cache")
+)
+"""Settings that a ModelOpt recipe makes."""
+_QUOTED_KEY = re.compile(r"""(["'])(.+?)\1\s*:""")
 WANDB_MODES = ("offline", "online", "disabled")
 NOT_FOR_USERS = ("full_key:", "object_type=", "reference_type=", "See ", "To append to your config")
 """Beginnings of lines in Hydra's messages that help nobody here; the last one repeats the value, a secret perhaps."""
@@ -58,16 +66,6 @@ class ParallelSettings:
     """Divide the activations between the tensor-parallel regions along the sequence as well."""
     data: int = 1
     """Model replicas when a command starts its own ranks. Under torchrun or srun the world decides."""
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """Settings under ``distill.``: what the student learns from."""
-
-    objective: str = "qad"
-    """``qad``: forward KL to the teacher's full distribution. ``qat``: cross entropy to the data, for comparison."""
-    temperature: float = 1.0
-    """Of both distributions in the KL. The published runs use 1."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +182,9 @@ class ReportSettings:
 
     compare_qat: bool = False
     """``recover`` also trains a QAT student from the same start, with the same steps and data, for the report."""
+    sensitivity: bool = False
+    """Also measure what quantizing each layer's attention and MLP alone costs: one forward pass over
+    ``evaluation.training_tokens`` tokens for each. ``quantize`` does unless this is false."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,18 @@ class Settings:
         return BUNDLED_TEACHER if self.model == "bundled" else Path(self.model)
 
     @property
+    def teacher_dir(self) -> Path:
+        """The checkpoint that the student learns from."""
+        return self.model_dir if self.distill.teacher in TEACHERS else Path(self.distill.teacher)
+
+    @property
+    def cache_dir(self) -> Path | None:
+        """Where the teacher's hidden states are kept; None when they are not."""
+        if self.distill.cache is not None:
+            return Path(self.distill.cache)
+        return self.run_dir / "teacher_cache" if self.distill.teacher == "cached" else None
+
+    @property
     def run_dir(self) -> Path:
         return Path(self.output_dir)
 
@@ -248,6 +261,7 @@ def load_settings(overrides: Sequence[str]) -> Settings:
         UserError: an unknown key or group, a value of the wrong type, a required setting missing.
     """
     ConfigStore.instance().store(name="settings", node=_schema())
+    recipe, overrides = _without_modelopt_recipe(overrides)
     expanded = [part for override in overrides for part in _plain_paths(override)]
     try:
         with initialize_config_dir(config_dir=str(conf_dir().resolve()), version_base="1.3"):
@@ -258,7 +272,35 @@ def load_settings(overrides: Sequence[str]) -> Settings:
         name = str(error).rpartition("field ")[2]
         raise UserError(f"{name} is no setting (megaqad <command> --help lists the settings)") from error
     assert isinstance(settings, Settings)
-    return settings
+    return settings if recipe is None else _with_modelopt_recipe(settings, recipe)
+
+
+def _without_modelopt_recipe(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The ModelOpt recipe that ``quantization=`` names, and the overrides with ``none`` in its place.
+
+    Raises:
+        UserError: a recipe that does not exist, or settings beside a ModelOpt recipe that it makes itself.
+    """
+    recipes = sorted(path.stem for path in (conf_dir() / "quantization").glob("*.yaml"))
+    found, kept = None, []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "quantization":
+            found = value if is_modelopt_recipe(value) else None
+            if found is None and value not in recipes:
+                raise UserError(f"quantization={value} is no recipe: {suggestion(value, recipes)}")
+        kept.append("quantization=none" if key == "quantization" and found is not None else override)
+    made = [override for override in kept if override.partition("=")[0] in MADE_BY_RECIPE]
+    if found is not None and made:
+        raise UserError(f"{made[0]} beside quantization={found}, which says that itself: change a copy of the file")
+    return found, kept
+
+
+def _with_modelopt_recipe(settings: Settings, recipe: str) -> Settings:
+    if not settings.model:
+        raise UserError("model is not set: give model=<directory>")
+    translated = translate(recipe, settings.quantization, describe_model(settings.model_dir))
+    return replace(settings, quantization=translated)
 
 
 def _schema() -> DictConfig:
@@ -271,6 +313,7 @@ def _schema() -> DictConfig:
         children = [node._get_node(key) for key in node]
         nodes += [child for child in children if isinstance(child, DictConfig)]
     assert isinstance(schema, DictConfig)
+    OmegaConf.set_struct(schema.distill.loss, False)  # its keys are the user's choice, checked below
     return schema
 
 
@@ -282,6 +325,9 @@ def _plain_paths(override: str) -> list[str]:
     quoted = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     if key in PATH_SETTINGS and value not in ("", "null"):
         return [f"{key}={quoted}"]
+    if key == "quantization.formats":
+        # Patterns are keys that no schema lists, hence ++. Hydra takes no quotes around keys, but escaped brackets.
+        return [f"++{key}=" + _QUOTED_KEY.sub(lambda found: re.sub(r"([\[\]])", r"\\\1", found[2]) + ":", value)]
     groups = {path.stem for path in (conf_dir() / "data").glob("*.yaml")}
     if key != "data" or value in groups:
         return [override]
@@ -331,16 +377,19 @@ def check_settings(command: str, settings: Settings) -> ModelDescription:
     check_layout(description, settings.sizes)
     if command != "pretrain":
         check_checkpoint(description, settings.model_dir)
-    recipe_for(settings.quantization, description)
+    recipe_for(settings.quantization, description, settings.sizes.tensor)
+    check_backend(settings.quantization, settings.runtime.dtype)
     if reads_data:
         check_sequence_length(description, settings.train.sequence_length, settings.sizes)
         _check_batches(settings)
+    if settings.distill.teacher not in TEACHERS:
+        check_sequence_length(describe_model(settings.teacher_dir), settings.train.sequence_length, settings.sizes)
+    check_teacher(settings.distill, description, settings.model_dir, settings.sizes)
     return description
 
 
 def _check_values(settings: Settings) -> None:
     for name, value, choices in (
-        ("distill.objective", settings.distill.objective, OBJECTIVES),
         ("runtime.dtype", settings.runtime.dtype, DTYPES),
         ("export.format", settings.export.format, EXPORT_FORMATS),
         ("logging.wandb.mode", settings.logging.wandb.mode, WANDB_MODES),
@@ -367,8 +416,6 @@ def _check_values(settings: Settings) -> None:
     if not 0 <= train.warmup_steps < train.steps:
         raise UserError(f"train.warmup_steps={train.warmup_steps} must lie between 0 and train.steps={train.steps} - 1")
     _check_resilience(settings)
-    if settings.distill.temperature <= 0:
-        raise UserError(f"distill.temperature={settings.distill.temperature} must be above 0")
 
 
 def _check_resilience(settings: Settings) -> None:

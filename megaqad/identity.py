@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megaqad.config import Settings
+from megaqad.config import TEACHERS, Settings
 from megaqad.data.tokens import tokenizer_fingerprint
 from megaqad.errors import UserError
 from megaqad.runtime.files import write_text_whole
@@ -24,6 +24,8 @@ from megaqad.runtime.lock import DirectoryLock
 FILE = "run.json"
 NOT_IDENTITY_IN_TRAIN = ("micro_batch_size", "recompute", "stop_after", "max_bad_steps")
 TRAINING_COMMANDS = ("distill", "recover", "demo", "pretrain")
+NOT_READ_WITH_A_STUDENT = ("quantization.calibration_samples", "quantization.backend")
+"""Of a recipe: what may differ when a student is read. Backends compute one function, and only one runs anywhere."""
 CONTENT_KEYS = {"model": "model", "tokenizer": "tokenizer", "data.tokens": "set of training tokens"}
 """Facts that are digests: what differs is said in words."""
 WHOLE_FILE_BYTES = 64 * 1024 * 1024
@@ -36,7 +38,7 @@ def identity_of(command: str, settings: Settings) -> dict[str, Any]:
     """What may not change between commands in one directory, flat, by setting."""
     parts: dict[str, Any] = {
         "model": model_fingerprint(settings.model_dir),
-        "tokenizer": _tokenizer(settings.model_dir),
+        "tokenizer": tokenizer_digest(settings.model_dir),
         "data": asdict(settings.data),
         "quantization": asdict(settings.quantization),
         "seed": settings.seed,
@@ -44,7 +46,13 @@ def identity_of(command: str, settings: Settings) -> dict[str, Any]:
     }
     if command in TRAINING_COMMANDS:
         train = {key: value for key, value in asdict(settings.train).items() if key not in NOT_IDENTITY_IN_TRAIN}
-        parts |= {"train": train, "distill": asdict(settings.distill), "kind": _kind(command)}
+        distill = asdict(settings.distill)
+        del distill["cache"]  # where the teacher's numbers are kept, not what they are
+        if distill["teacher"] == "cached":
+            distill["teacher"] = "model"
+        if settings.distill.teacher not in TEACHERS:
+            distill["teacher"] = model_fingerprint(settings.teacher_dir)
+        parts |= {"train": train, "distill": distill, "kind": _kind(command)}
     flat: dict[str, Any] = {}
     for key, value in parts.items():
         if isinstance(value, dict):
@@ -58,7 +66,8 @@ def _kind(command: str) -> str:
     return "pretraining" if command == "pretrain" else "distillation"
 
 
-def _tokenizer(model_dir: Path) -> str:
+def tokenizer_digest(model_dir: Path) -> str:
+    """64 hex digits of the tokenizer's files, or ``none``."""
     try:
         return tokenizer_fingerprint(model_dir)
     except UserError:
@@ -138,6 +147,25 @@ def check_output_dir(command: str, settings: Settings, tokens: str | None = None
         raise UserError(f"output_dir={run_dir} is not empty and holds no {FILE}: give a new or empty directory")
     wanted = identity_of(command, settings) | ({"data.tokens": tokens} if tokens is not None else {})
     check_same_run(recorded, wanted, settings.resume.allow, f"output_dir={run_dir}")
+
+
+def check_student(settings: Settings) -> None:
+    """Refuse to read the run's student as something else than it is: another model or recipe computes other numbers.
+
+    ``quantization=none`` reads the original model, whatever the run; ``student=<directory>`` leaves the run aside.
+
+    Raises:
+        UserError: the first difference.
+    """
+    recorded = _read(settings.run_dir) if settings.student in ("auto", "ptq") else None
+    if recorded is None or settings.quantization.weights == "none":
+        return
+    wanted = {
+        key: value
+        for key, value in identity_of("evaluate", settings).items()
+        if key in ("model", "tokenizer") or (key.startswith("quantization.") and key not in NOT_READ_WITH_A_STUDENT)
+    }
+    check_same_run(recorded, wanted, settings.resume.allow, f"output_dir={settings.run_dir}")
 
 
 def claim_output_dir(command: str, settings: Settings, tokens: str) -> DirectoryLock:

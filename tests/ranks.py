@@ -3,10 +3,15 @@
 A pool of worker processes is started once per test session. ``run_ranks(n, function, *args)`` runs a module-level
 ``function(rank, world_size, *args)`` on the first ``n`` of them, inside a default process group made for that call,
 and returns their results in rank order. A failing rank fails the call with that rank's traceback; the pool is then
-replaced, because its peers may still hang in a collective.
+replaced, because its peers may still hang in a collective. Ranks that give no answer in time print the stacks of all
+their threads first.
+
+Forming the group, before any code under test has run, is the one step that is tried again, so that trouble with
+sockets is not taken for a deadlock of the code under test. What the function does is never repeated.
 """
 
 import atexit
+import faulthandler
 import multiprocessing as mp
 import os
 import tempfile
@@ -18,6 +23,11 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 LONGEST_CALL_SECONDS = 300
+STACKS_AFTER_SECONDS = LONGEST_CALL_SECONDS - 10
+CONNECT_SECONDS = 90
+"""The first group of a session waits for its ranks to import torch."""
+CONNECT_TRIES = 3
+CONNECTED = "connected"
 
 
 def _worker(rank: int, connection: Connection) -> None:
@@ -33,14 +43,18 @@ def _worker(rank: int, connection: Connection) -> None:
         except EOFError:  # the session is gone
             return
         function, args, world_size, store = job
+        faulthandler.dump_traceback_later(STACKS_AFTER_SECONDS)
         try:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+            dist.barrier()
+            connection.send((True, CONNECTED))
             result = function(rank, world_size, *args)
             dist.barrier()
             connection.send((True, result))
         except BaseException:
             connection.send((False, traceback.format_exc()))
         finally:
+            faulthandler.cancel_dump_traceback_later()
             if dist.is_initialized():
                 dist.destroy_process_group()
 
@@ -62,22 +76,35 @@ class RankPool:
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Results of ``function(rank, world_size, *args)`` for every rank, in rank order."""
-        self._grow_to(world_size)
         with tempfile.TemporaryDirectory() as folder:
-            active = self._workers[:world_size]
-            for _, connection in active:
-                connection.send((function, args, world_size, f"{folder}/store"))
-            return self._collect(active)
+            for attempt in range(CONNECT_TRIES):
+                self._grow_to(world_size)
+                active = self._workers[:world_size]
+                for _, connection in active:
+                    connection.send((function, args, world_size, f"{folder}/store{attempt}"))
+                try:
+                    self._collect(active, CONNECT_SECONDS)
+                    break
+                except TimeoutError:
+                    if attempt == CONNECT_TRIES - 1:
+                        raise
+            return self._collect(active, LONGEST_CALL_SECONDS)
 
-    def _collect(self, active: list[tuple[Any, Connection]]) -> list[Any]:
+    def _collect(self, active: list[tuple[Any, Connection]], seconds: float) -> list[Any]:
+        """The next answer of every rank, in rank order.
+
+        Raises:
+            TimeoutError: a rank gave none in time; all are ended.
+            AssertionError: a rank failed; all are ended.
+        """
         results: dict[int, Any] = {}
-        deadline = time.monotonic() + LONGEST_CALL_SECONDS
+        deadline = time.monotonic() + seconds
         pending = {connection: rank for rank, (_, connection) in enumerate(active)}
         while pending:
             ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 self.close()
-                raise TimeoutError(f"ranks {sorted(pending.values())} gave no answer in {LONGEST_CALL_SECONDS} s")
+                raise TimeoutError(f"ranks {sorted(pending.values())} gave no answer in {seconds} s")
             for connection in ready:
                 assert isinstance(connection, Connection)
                 rank = pending.pop(connection)

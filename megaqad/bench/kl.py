@@ -18,7 +18,7 @@ reported. On CPU ratios depend on the allocator by 5 to 20 times: with
 `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000` freed memory is reused, as a GPU's caching allocator does.
 """
 
-import importlib.util
+import importlib
 import os
 import statistics
 import time
@@ -82,7 +82,7 @@ def bench_kl(
         then for `logits` and `heads` `repeats`, `seconds` (median), `seconds_min`, `ratio_to_modelopt` (of the
         medians, below 1 is faster), for `heads` `ratio_to_products`, `peak_tensor_bytes`, `peak_resident_bytes`; for
         `errors` `kl` (true, per token), `loss_bias` (relative), `hidden_gradient_error`, `head_gradient_error` (L2,
-        relative).
+        relative). A contestant that cannot run here has ``skipped``, the reason, in their place.
 
     Raises:
         ValueError: `repeats` is below 1.
@@ -114,7 +114,7 @@ def _rows(
     repeats: int,
     seed: int,
 ) -> Iterator[dict[str, Any]]:
-    yield from _errors(make_problem(*_ERRORS, device, seed))
+    yield from errors(make_problem(*_ERRORS, device, seed))
     for tokens, vocabulary in logits_shapes:
         contestants = logits_contestants(tokens, vocabulary, device, seed)
         described = {"operation": "logits", "tokens": tokens, "vocabulary": vocabulary, "hidden": None, "ignored": 0.0}
@@ -127,6 +127,8 @@ def _rows(
             contestants = head_contestants(ignore(problem, ignored))
             for row in _measure(contestants, device, repeats):
                 yield described | {"hidden": hidden, "ignored": ignored} | row
+            if (reason := _liger_lacks()) is not None:
+                yield described | {"hidden": hidden, "ignored": ignored, "impl": "liger", "skipped": reason}
 
 
 def make_problem(tokens: int, vocabulary: int, hidden: int, device: torch.device, seed: int) -> Problem:
@@ -146,11 +148,16 @@ def ignore(problem: Problem, share: float) -> Problem:
     return replace(problem, weights=kept.float() / kept.sum())
 
 
-def modelopt_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL per token by ModelOpt's loss, which wants Megatron's [s, b, V]."""
+def import_modelopt() -> Any:
+    """ModelOpt's loss for Megatron-Core; tens of seconds of imports, so not at the top."""
     from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
 
-    token_kl, _, _ = LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=1))(
+    return LogitsKLLoss
+
+
+def modelopt_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL per token by ModelOpt's loss, which wants Megatron's [s, b, V]."""
+    token_kl, _, _ = import_modelopt()(SimpleNamespace(tensor_model_parallel_size=1))(
         student.unsqueeze(1), teacher.unsqueeze(1)
     )
     return token_kl.squeeze(0)
@@ -232,9 +239,18 @@ def head_contestants(problem: Problem) -> Contestants:
         "products": lambda: lambda: _products(problem, torch.bfloat16),
         "products_fp32": lambda: lambda: _products(problem, torch.float32),
     }
-    if importlib.util.find_spec("liger_kernel") is not None:
+    if _liger_lacks() is None:
         contestants["liger"] = lambda: _liger(problem, kept)
     return contestants
+
+
+def _liger_lacks() -> str | None:
+    """Why Liger's loss cannot run here."""
+    try:
+        importlib.import_module("liger_kernel.chunked_loss")
+    except ImportError as error:
+        return f"liger-kernel cannot be imported ({error})"
+    return None
 
 
 def _liger(problem: Problem, kept: Tensor) -> Run:
@@ -305,7 +321,7 @@ def _seconds(run: Run, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _errors(problem: Problem) -> Iterator[dict[str, Any]]:
+def errors(problem: Problem) -> Iterator[dict[str, Any]]:
     """Loss and gradients of the heads against the reference, which is FP64 from the same BF16 numbers."""
     hidden, head = (x.double().requires_grad_() for x in (problem.hidden_s, problem.head_s))
     dense = reference.forward_kl(hidden @ head.t(), problem.hidden_t.double() @ problem.head_t.double().t(), 1.0)

@@ -4,6 +4,10 @@ Two steps of the same model, layout and tokens run in turns in one process: a cr
 and a QAD step (teacher pass, NVFP4 forward, full-vocabulary KL). Their ratio has a floor of 8/6 = 1.33: counted in
 forward passes, fine-tuning costs 3 and the teacher adds 1.
 
+Each part has its own floor: what the same work costs in the fine-tuning step. For the teacher's pass that is the
+fine-tuned model's forward, for the loss 4/3 of cross entropy's, since the teacher's head is a fourth matrix product
+beside three; weight quantization has none. What a part costs over its floor is what is left to gain there.
+
 The parts of a step are timed inside it. Activation quantization happens within the student's forward pass; it shows as
 the difference between that pass and the same pass of the fine-tuned model.
 """
@@ -11,7 +15,7 @@ the difference between that pass and the same pass of the fine-tuned model.
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +24,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
+from megaqad.bench.memory import peak_memory
 from megaqad.distillation.step import DistillationStep, MicroBatch, StepResult
 from megaqad.models.causal_lm import CausalLM
 from megaqad.quantization.state import refresh_weights
@@ -92,7 +97,9 @@ def bench_step(
 
     Yields:
         ``part``, ``plain_seconds``, ``qad_seconds``, ``over_plain_step`` (the QAD part as a share of the whole plain
-        step), and for ``part="step"`` the ``ratio`` and its floor.
+        step), ``over_floor`` (what it costs beyond its floor, as such a share), and for ``part="step"`` the ``ratio``,
+        its floor, and for both steps ``peak_tensor_bytes`` and ``peak_resident_bytes`` beyond what is held between
+        steps.
 
     Collectives: those of the steps. Seconds are this rank's.
     """
@@ -101,17 +108,40 @@ def bench_step(
             step(micro_batches)
             if round_number == 0:
                 step.seconds.clear()
-    whole = statistics.median(plain.seconds["step"])
+    ours_of, theirs_of = (
+        {part: statistics.median(step.seconds[part]) for part in ("step", *PARTS)} for step in (distilled, plain)
+    )
+    whole = theirs_of["step"]
+    floors = _floors(theirs_of)
     for part in ("step", *PARTS):
-        ours, theirs = statistics.median(distilled.seconds[part]), statistics.median(plain.seconds[part])
+        ours, theirs = ours_of[part], theirs_of[part]
         row = {
             "bench": "step",
             "part": part,
             "plain_seconds": theirs,
             "qad_seconds": ours,
             "over_plain_step": ours / whole,
+            "over_floor": (ours - floors[part]) / whole,
         }
         if part == "step":
             pairs = zip(distilled.seconds[part], plain.seconds[part], strict=True)
             row |= {"ratio": statistics.median(qad / fine_tuning for qad, fine_tuning in pairs), "floor": 8 / 6}
+            row |= _memory("plain", plain, micro_batches) | _memory("qad", distilled, micro_batches)
         yield row
+
+
+def _floors(plain: Mapping[str, float]) -> dict[str, float]:
+    """Seconds that each part of a QAD step cannot do without, from the fine-tuning step's."""
+    floors = {
+        **plain,
+        "teacher forward": plain["student forward"],
+        "loss": plain["loss"] * 4 / 3,
+        "weight quantization": 0.0,
+    }
+    return {**floors, "step": sum(floors[part] for part in PARTS)}
+
+
+def _memory(name: str, step: TimedStep, micro_batches: Sequence[MicroBatch]) -> dict[str, int | None]:
+    """The most one step needs beyond what is held between steps. Collectives: those of one step, on CPU of two."""
+    peak = peak_memory(lambda: step(micro_batches), step.context.device)
+    return {f"{name}_peak_tensor_bytes": peak.tensor_bytes, f"{name}_peak_resident_bytes": peak.resident_bytes}

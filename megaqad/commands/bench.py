@@ -15,6 +15,7 @@ from megaqad.bench.step import TimedStep
 from megaqad.commands.session import Session
 from megaqad.config import Settings
 from megaqad.distillation.step import MicroBatch, Objective
+from megaqad.distillation.teachers import LiveTeacher
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.hf_reader import load_weights
 from megaqad.training.optimizer import build_optimizer, wrap_for_training
@@ -24,9 +25,10 @@ REPEATS = 7
 
 def bench_kl() -> None:
     """``megaqad bench kl``, on one process."""
-    from megaqad.bench import kl
+    from megaqad.bench import kl, trained
 
     _print_rows(kl.bench_kl())
+    _print_rows(trained.bench_trained())
 
 
 def bench_nvfp4() -> None:
@@ -58,7 +60,7 @@ def _timed_step(session: Session, model: list[CausalLM], objective: Objective) -
     student = wrap_for_training(model)
     # A learning rate of 0 keeps both models where they are, so that every round times the same work.
     optimizer, scheduler = build_optimizer(student, replace(session.settings.train, lr=0.0, min_lr=0.0), session.dtype)
-    teacher = session.teacher if objective is Objective.QAD else None
+    teacher = LiveTeacher(session.teacher) if objective is Objective.QAD else None
     return TimedStep(student, optimizer, scheduler, session.context, objective=objective, teacher=teacher)
 
 

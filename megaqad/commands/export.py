@@ -5,9 +5,9 @@ import shutil
 from megaqad.commands.session import Session
 from megaqad.commands.students import load_student
 from megaqad.config import Settings
-from megaqad.export.modelopt import export_modelopt
+from megaqad.export.modelopt import Quantization, export_modelopt
 from megaqad.models.causal_lm import CausalLM
-from megaqad.quantization.state import input_amaxes
+from megaqad.quantization.state import cache_amaxes, input_amaxes
 
 
 def export(settings: Settings) -> None:
@@ -21,14 +21,13 @@ def write_export(session: Session, student: list[CausalLM]) -> None:
     target = session.settings.run_dir / "export"
     if session.context.is_main and (target / "hf_quant_config.json").is_file():
         shutil.rmtree(target)
-    weight_only = session.recipe.settings.activations == "none"
+    recipe = session.recipe
     export_modelopt(
         student,
         session.description,
         session.context,
         target,
         model_dir=session.settings.model_dir,
-        modules=session.recipe.quantized_modules(),
-        input_amax=None if weight_only else input_amaxes(student),
+        quantization=Quantization(recipe.formats, input_amaxes(student), recipe.kv_cache, cache_amaxes(student)),
     )
-    session.terminal.say(f"exported {len(session.recipe.quantized_modules())} NVFP4 layers to {target}")
+    session.terminal.say(f"exported {len(recipe.formats)} quantized layers to {target}")

@@ -2,12 +2,20 @@
 
 from dataclasses import asdict
 
+from megaqad.commands.sensitivity import group_kls
 from megaqad.commands.session import Session
 from megaqad.commands.students import measure, ptq_student, ready_to_ship, write_json
 from megaqad.config import Settings
 from megaqad.evaluation import Evaluation, Evaluator
 from megaqad.models.causal_lm import CausalLM
+from megaqad.quantization.allocation import GroupKL
+from megaqad.quantization.choice import read_choice
 from megaqad.quantization.state import quantization_errors
+from megaqad.report import draw_sensitivity
+from megaqad.runtime.files import write_bytes_whole
+
+MOST_NAMED = 3
+"""Groups named on the terminal; all are in ``ptq.json``."""
 
 
 def quantize(settings: Settings) -> None:
@@ -22,8 +30,26 @@ def quantize(settings: Settings) -> None:
 
 
 def measure_gap(session: Session, student: list[CausalLM], evaluator: Evaluator) -> Evaluation:
-    """Evaluate the calibrated student and write ``ptq.json``."""
+    """Evaluate the calibrated student and write ``ptq.json``: the gap, and layer by layer what it comes from."""
+    settings = session.settings
     gap = measure(session, "PTQ", evaluator, student)
-    errors = [asdict(error) for error in quantization_errors(student, session.context)]
-    write_json(session.settings.run_dir / "ptq.json", asdict(gap) | {"layers": errors}, session)
+    content = asdict(gap) | {"layers": [asdict(error) for error in quantization_errors(student, session.context)]}
+    if settings.quantization.auto is not None:
+        content["auto"] = asdict(read_choice(settings.run_dir))
+        content["sensitivity"] = content["auto"].pop("groups")
+    elif settings.report.sensitivity and session.recipe.enabled:
+        fewer = session.evaluator(settings.evaluation.training_tokens)
+        groups = group_kls(session, student, session.recipe, fewer)
+        content["sensitivity"] = [asdict(group) for group in groups]
+        _say_worst(session, groups)
+    write_json(settings.run_dir / "ptq.json", content, session)
+    if "sensitivity" in content and session.context.is_main:
+        picture = draw_sensitivity([GroupKL(**group) for group in content["sensitivity"]])
+        write_bytes_whole(settings.run_dir / "sensitivity.png", picture.png)
     return gap
+
+
+def _say_worst(session: Session, groups: list[GroupKL]) -> None:
+    worst = sorted(groups, key=lambda group: -group.kl_to_teacher)[:MOST_NAMED]
+    named = ", ".join(f"{group.group} {group.kl_to_teacher:.5f}" for group in worst)
+    session.terminal.say(f"quantized alone, the most KL comes from {named}")

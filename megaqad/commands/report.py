@@ -13,6 +13,8 @@ from megaqad.config import Settings
 from megaqad.errors import UserError
 from megaqad.models.description import describe_model
 from megaqad.models.families import hf_tensors
+from megaqad.quantization.allocation import GroupKL
+from megaqad.quantization.choice import read_choice
 from megaqad.report import (
     Column,
     Curve,
@@ -54,7 +56,7 @@ def collect(settings: Settings) -> RunResults:
     """
     run_dir = settings.run_dir
     columns = _read(run_dir / COLUMNS_FILE)
-    layers = _read(run_dir / "ptq.json")["layers"]
+    ptq = _read(run_dir / "ptq.json")
     found = {name: Column(**numbers) for name, numbers in columns["columns"].items()}
     return RunResults(
         bf16=found["bf16"],
@@ -63,7 +65,8 @@ def collect(settings: Settings) -> RunResults:
         qad=found["qad"],
         qad_curve=_curve(run_dir / "metrics.jsonl"),
         qat_curve=_curve(run_dir / "qat" / "metrics.jsonl"),
-        layer_errors=tuple(LayerError(**layer) for layer in layers),
+        layer_errors=tuple(LayerError(**layer) for layer in ptq["layers"]),
+        sensitivity=tuple(GroupKL(**group) for group in ptq.get("sensitivity", ())),
         facts=_facts(settings, columns["seconds"], columns["command"]),
     )
 
@@ -85,6 +88,9 @@ def _facts(settings: Settings, seconds: float, command: list[str]) -> RunFacts:
             f"{found['tokens']} tokens to a relative error of {found['relative_error']:.1e}",
         )
     sizes = hf_tensors(description).values()
+    kept = list(settings.quantization.exclude)
+    if settings.quantization.auto is not None:
+        kept += read_choice(settings.run_dir).kept
     return RunFacts(
         model=settings.model_dir.absolute().name,
         parameters=sum(_product(shape) for shape in sizes),
@@ -93,7 +99,7 @@ def _facts(settings: Settings, seconds: float, command: list[str]) -> RunFacts:
         + (f" x {parallel.virtual_pipeline} virtual" if parallel.virtual_pipeline > 1 else "")
         + f" x data {parallel.data}, {settings.runtime.dtype}",
         recipe=f"weights {settings.quantization.weights}, activations {settings.quantization.activations}, "
-        f"BF16: {', '.join(settings.quantization.exclude) or 'nothing'}",
+        f"BF16: {', '.join(kept) or 'nothing'}",
         steps=train.steps,
         tokens=train.steps * train.global_batch_size * train.sequence_length,
         seconds=seconds,

@@ -17,9 +17,10 @@ from megaqad.models.build import build_model, transformer_config
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import ModelDescription, describe_model
 from megaqad.models.hf_reader import load_weights
+from megaqad.quantization.choice import read_choice
 from megaqad.quantization.layers import QuantizerMode
-from megaqad.quantization.recipe import Recipe, recipe_for
-from megaqad.quantization.state import calibrate, linear_for, refresh_weights, set_mode
+from megaqad.quantization.recipe import Recipe, misfits, recipe_for
+from megaqad.quantization.state import calibrate, modules_for, refresh_weights, set_mode
 from megaqad.runtime.agree import together
 from megaqad.runtime.duration import seconds_of
 from megaqad.runtime.lock import DirectoryLock
@@ -71,9 +72,20 @@ class Session:
     def dtype(self) -> torch.dtype:
         return DTYPES[self.settings.runtime.dtype]
 
+    def recipe_of_settings(self) -> Recipe:
+        """What the settings say, before ``quantization.auto`` keeps anything."""
+        return recipe_for(self.settings.quantization, self.description, self.context.sizes.tensor)
+
     @cached_property
     def recipe(self) -> Recipe:
-        return recipe_for(self.settings.quantization, self.description)
+        """What is quantized; under ``quantization.auto`` only once this run has chosen (``students.settle_recipe``)."""
+        recipe = self.recipe_of_settings()
+        kept = misfits(recipe)
+        if kept:
+            self.terminal.say(f"kept in BF16, because they do not divide into blocks: {', '.join(kept)}")
+        if self.settings.quantization.auto is not None:
+            recipe.keep(read_choice(self.settings.run_dir).kept_modules)
+        return recipe
 
     @cached_property
     def data(self) -> Datasets:
@@ -99,17 +111,20 @@ class Session:
             f"{facts.validation_tokens:,} held out"
         )
 
-    def _build(self, recipe: Recipe | None, *, initialize: bool = False) -> list[CausalLM]:
+    def _build(
+        self, recipe: Recipe | None, *, initialize: bool = False, description: ModelDescription | None = None
+    ) -> list[CausalLM]:
+        description = description or self.description
         config = transformer_config(
-            self.description,
+            description,
             self.context.sizes,
             dtype=self.dtype,
             recompute=self.settings.train.recompute,
             initialize=initialize,
         )
-        return build_model(
-            self.description, config, self.context, linear_for=linear_for(recipe) if recipe is not None else None
-        )
+        if recipe is None:
+            return build_model(description, config, self.context)
+        return build_model(description, config, self.context, **modules_for(recipe, description))
 
     def random_model(self) -> list[CausalLM]:
         """A model with random weights and no quantizers."""
@@ -118,22 +133,30 @@ class Session:
     @cached_property
     def teacher(self) -> list[CausalLM]:
         """The original model, frozen."""
-        chunks = self._build(None)
-        load_weights(chunks, self.description, self.settings.model_dir)
+        return self.frozen(self.settings.model_dir)
+
+    def frozen(self, model_dir: Path) -> list[CausalLM]:
+        """A checkpoint of any supported architecture in this run's layout, frozen."""
+        description = describe_model(model_dir)
+        chunks = self._build(None, description=description)
+        load_weights(chunks, description, model_dir)
         for chunk in chunks:
             chunk.requires_grad_(False)
             chunk.eval()
         return chunks
 
-    def original_student(self) -> list[CausalLM]:
+    def original_student(self, recipe: Recipe | None = None) -> list[CausalLM]:
         """The original weights in a model with quantizers, not yet calibrated, quantizers off."""
-        chunks = self._build(self.recipe)
+        chunks = self._build(recipe or self.recipe)
         load_weights(chunks, self.description, self.settings.model_dir)
         return chunks
 
-    def calibrated_student(self) -> list[CausalLM]:
-        """The post-training-quantized student: the original weights, input scales from training data."""
-        chunks = self.original_student()
+    def calibrated_student(self, recipe: Recipe | None = None) -> list[CausalLM]:
+        """The post-training-quantized student: the original weights, input scales from training data.
+
+        ``recipe`` stands in for the run's own.
+        """
+        chunks = self.original_student(recipe)
         calibrate(chunks, self.context, lambda: forward_hidden(chunks, self._calibration_tokens()))
         return chunks
 

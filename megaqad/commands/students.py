@@ -6,11 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megaqad.commands.sensitivity import choose_formats
 from megaqad.commands.session import Session
+from megaqad.commands.teaching import divergence_of, hidden_loss_of, teacher_of
 from megaqad.distillation.step import DistillationStep, Objective
 from megaqad.evaluation import Evaluation, Evaluator
 from megaqad.identity import identity_of
 from megaqad.models.causal_lm import CausalLM
+from megaqad.quantization.choice import has_choice, read_choice, write_choice
 from megaqad.quantization.layers import QuantizerMode
 from megaqad.quantization.state import refresh_weights, round_to_export_dtype, set_mode
 from megaqad.runtime.agree import on_main
@@ -34,8 +37,24 @@ def measure(session: Session, title: str, evaluator: Evaluator, student: list[Ca
         return evaluator.evaluate(student, lambda: progress.update(progress.task_ids[0], advance=1))
 
 
+def settle_recipe(session: Session) -> None:
+    """Under ``quantization.auto``: choose what stays BF16, unless this run has chosen already, and record it."""
+    settings = session.settings
+    target = settings.quantization.target_bits
+    if target is None or on_main(
+        lambda: has_choice(settings.run_dir) and read_choice(settings.run_dir).target_bits == target
+    ):
+        return
+    recipe = session.recipe_of_settings()
+    session.terminal.say(f"measuring each layer to choose an average of {target:g} bits")
+    student = ready_to_ship(session, session.calibrated_student(recipe))
+    choice = choose_formats(session, student, session.evaluator(settings.evaluation.training_tokens))
+    on_main(lambda: write_choice(settings.run_dir, choice))
+
+
 def ptq_student(session: Session) -> list[CausalLM]:
     """The calibrated student: from ``ptq/`` when this run has calibrated already, else calibrated and saved there."""
+    settle_recipe(session)
     directory = session.settings.run_dir / "ptq"
     facts = fingerprint(session)
     if on_main(lambda: _is_calibration_of(directory, facts)):
@@ -78,10 +97,14 @@ def train_student(session: Session, run_dir: Path, objective: Objective) -> list
     student = ptq_student(session)
     wrapped = wrap_for_training(student)
     optimizer, scheduler = build_optimizer(wrapped, settings.train, session.dtype)
-    evaluator = session.evaluator(settings.evaluation.training_tokens)
+    teaches = objective is Objective.QAD and divergence_of(session).needs_teacher
+    teacher = teacher_of(session, student) if teaches or settings.distill.hidden.weight else None
+    evaluators: list[Evaluator] = []  # made on first use: it loads the original model, which a cached teacher spares
 
     def validate(advance: Callable[[], None]) -> dict[str, float]:
-        numbers = evaluator.evaluate(student, advance)
+        if not evaluators:
+            evaluators.append(session.evaluator(settings.evaluation.training_tokens))
+        numbers = evaluators[0].evaluate(student, advance)
         return {"kl_to_teacher": numbers.kl_to_teacher, "cross_entropy": numbers.cross_entropy}
 
     TrainingRun(
@@ -97,8 +120,9 @@ def train_student(session: Session, run_dir: Path, objective: Objective) -> list
             scheduler,
             session.context,
             objective=objective,
-            teacher=session.teacher if objective is Objective.QAD else None,
-            temperature=settings.distill.temperature,
+            teacher=teacher,
+            divergence=divergence_of(session),
+            hidden=hidden_loss_of(session, student, teacher) if teacher is not None else None,
         ),
         data=session.data.train,
         fingerprint=fingerprint(session) | {"distill.objective": objective.value},

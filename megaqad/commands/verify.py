@@ -51,6 +51,7 @@ def compare_export(session: Session, student: list[CausalLM]) -> Verification | 
                 reference_logits=reference.reference_logits,
                 weight_only_logits=reference.weight_only_logits,
                 input_amax=reference.input_amax,
+                cache_amax=reference.cache_amax,
                 report=settings.run_dir / "verify.json",
             )
         except UserError as error:

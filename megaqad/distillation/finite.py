@@ -119,10 +119,15 @@ class FiniteWatch:
         return sorted(bad)
 
 
-def _adder(sums: list[Tensor]) -> Callable[[Tensor], None]:
-    """A hook that keeps the sum of each gradient. A parameter gets one per microbatch, in their order."""
+def _adder(sums: list[Tensor]) -> Callable[[Tensor | None], None]:
+    """A hook that keeps the sum of each gradient. A parameter gets one per microbatch, in their order.
 
-    def add(gradient: Tensor) -> None:
-        sums.append(gradient.sum(dtype=torch.float32))
+    None for the output head: the loss has put its gradient into the accumulated one, where the norm sees it; its
+    share of the hidden states' gradient, and the loss, say in which microbatch.
+    """
+
+    def add(gradient: Tensor | None) -> None:
+        if gradient is not None:
+            sums.append(gradient.sum(dtype=torch.float32))
 
     return add

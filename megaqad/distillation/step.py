@@ -1,15 +1,16 @@
 """One training step: the teacher's pass, then the student's under its pipeline schedule, then the update.
 
 The teacher runs first, forward only, over the whole global batch, and leaves its last hidden states on the last
-stage, where the loss is computed. The student then runs under whatever schedule Megatron-Core chooses (1F1B,
-interleaved 1F1B) as in plain training; nothing of the teacher travels through its pipeline. A step costs one forward
-more than fine-tuning and ``tokens x hidden`` of memory on the last stage.
+stage, where the loss is computed (``teachers.py`` has other ways to come by them). The student then runs under whatever
+schedule Megatron-Core chooses (1F1B, interleaved 1F1B) as in plain training; nothing of the teacher travels through its
+pipeline. A step costs one forward more than fine-tuning and ``tokens x hidden`` of memory on the last stage.
 
 The loss is a sum over tokens. Megatron-Core divides the gradient once by the number of unmasked tokens of the global
 batch (``calculate_per_token_loss``), so neither microbatches nor data-parallel ranks are averaged over.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -23,17 +24,21 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megaqad.distillation.finite import Fault, FiniteWatch
-from megaqad.distillation.forward import flatten_tokens, forward_hidden
-from megaqad.losses import linear_cross_entropy, linear_kl
+from megaqad.distillation.forward import flatten_tokens
+from megaqad.distillation.hidden import HiddenLoss
+from megaqad.distillation.teachers import Teacher
+from megaqad.losses import CrossEntropy, ForwardKL, linear_divergence
+from megaqad.losses import Objective as Divergence
 from megaqad.models.causal_lm import CausalLM
 from megaqad.quantization.state import refresh_weights
+from megaqad.runtime.agree import raise_together
 from megaqad.runtime.parallel import ParallelContext
 
 
 class Objective(Enum):
     """What the student learns from."""
 
-    QAD = "qad"  # forward KL to the teacher's full distribution (arXiv 2601.20088)
+    QAD = "qad"  # the teacher's full distribution, by forward KL if not told otherwise (arXiv 2601.20088)
     QAT = "qat"  # cross entropy to the data's next token; also plain pretraining
 
 
@@ -72,23 +77,27 @@ class DistillationStep:
         context: ParallelContext,
         *,
         objective: Objective,
-        teacher: Sequence[CausalLM] | None = None,
-        temperature: float = 1.0,
+        teacher: Teacher | None = None,
+        divergence: Divergence | None = None,
+        hidden: HiddenLoss | None = None,
     ) -> None:
         """
         Args:
             student: this rank's chunks, wrapped in Megatron-Core's DDP, quantizers on and refreshed.
-            teacher: this rank's chunks of the frozen teacher in the same layout; required by ``Objective.QAD``.
-            temperature: of both distributions in the KL.
+            teacher: what the student learns from; required by ``Objective.QAD`` unless nothing asks for it.
+            divergence: the loss of ``Objective.QAD``; forward KL when None. ``Objective.QAT`` is cross entropy.
+            hidden: a further loss on hidden states, from the same teacher; ``Objective.QAD`` only.
         """
-        assert objective is not Objective.QAD or teacher is not None, "distillation needs a teacher"
         self.student = list(student)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.context = context
         self.objective = objective
-        self.teacher = list(teacher) if teacher is not None else []
-        self.temperature = temperature
+        self.divergence = CrossEntropy() if objective is Objective.QAT else divergence or ForwardKL()
+        self.hidden = hidden if objective is Objective.QAD else None
+        needs_teacher = self.divergence.needs_teacher or self.hidden is not None
+        assert not needs_teacher or teacher is not None, "distillation needs a teacher"
+        self.teacher = teacher if needs_teacher else None
         self.watch = FiniteWatch(self.student, context)
 
     def __call__(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
@@ -97,15 +106,20 @@ class DistillationStep:
         A step whose loss or gradient is not finite leaves weights and moments alone; the schedule moves on with the
         data either way.
 
-        Collectives: the schedules', the gradient reduction, one sum of two numbers over data-parallel ranks, broadcast
-        from the last stage, and those of ``FiniteWatch.fault``.
+        Collectives: the schedules', the gradient reduction, one sum of two numbers over data-parallel ranks and one
+        over stages, one flag of the teacher's, those of the losses and of ``FiniteWatch.fault``.
+
+        Raises:
+            UserError: the teacher gives NaN or Inf; the message says where.
         """
         prepared = self._with_teacher(micro_batches)
         for chunk in self.student:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.watch.begin()
-        per_micro_batch = self._forward_backward(prepared)
+        weights = [batch.token_weights for batch in prepared]
+        with self.hidden.compared(weights) if self.hidden is not None else nullcontext():
+            per_micro_batch = self._forward_backward(prepared)
         loss, tokens = self._reduce(per_micro_batch)
         fault = self.watch.fault([entry["loss"][0] for entry in per_micro_batch])
         grad_norm = None if fault is not None else self.optimizer.step()[1]
@@ -117,12 +131,48 @@ class DistillationStep:
 
     def _with_teacher(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Run the teacher pass and attach its hidden states where the loss is computed."""
-        if self.objective is not Objective.QAD:
+        if self.teacher is None:
             return list(micro_batches)
-        hidden = forward_hidden(self.teacher, [batch.tokens for batch in micro_batches])
+        with self.hidden.captured() if self.hidden is not None else nullcontext():
+            hidden = self.teacher.last_hidden([batch.tokens for batch in micro_batches])
+        raise_together(self._teacher_problem(micro_batches, hidden))
         if not self.context.is_last_stage:
             return list(micro_batches)
         return [replace(batch, teacher_hidden=kept) for batch, kept in zip(micro_batches, hidden, strict=True)]
+
+    def _teacher_problem(self, micro_batches: Sequence[MicroBatch], hidden: Sequence[Tensor]) -> str | None:
+        """Where the teacher's logits would not be numbers, of the tokens that count; None when they all are.
+
+        A logit is finite exactly when its hidden state and the head are, short of an overflow, which shows in the loss.
+        """
+        assert self.teacher is not None
+        if not hidden:
+            return None
+        found = [
+            self._sequence_slice(batch.token_weights).ne(0) & ~states.sum(-1, dtype=torch.float32).isfinite()
+            for batch, states in zip(micro_batches, hidden, strict=True)
+        ]  # [s(/tp), b] each
+        head = self.teacher.head_weight().sum(dtype=torch.float32).isfinite()
+        if bool(head & ~torch.stack([bad.any() for bad in found]).any()):
+            return None
+        where = f"of step {self.scheduler.num_steps + 1}, rank {self.context.rank}"
+        if not head:
+            return f"the teacher's output head is not finite at the start {where}: look at the teacher's checkpoint"
+        index, bad = next((index, bad) for index, bad in enumerate(found) if bad.any())
+        first = self.context.tensor_rank * bad.shape[0] if self.context.sizes.sequence else 0
+        sequence = int(bad.any(0).nonzero()[0])
+        positions = bad[:, sequence].nonzero().flatten() + first
+        return (
+            f"the teacher's logits are not finite: microbatch {index} {where}, sequence {sequence}, tokens "
+            f"{int(positions[0])} to {int(positions[-1])}: look at the teacher's checkpoint and at these data"
+        )
+
+    def _sequence_slice(self, token_weights: Tensor) -> Tensor:
+        """[b, s] -> [s(/tp), b], this rank's tokens."""
+        by_position = token_weights.transpose(0, 1)
+        if not self.context.sizes.sequence:
+            return by_position
+        return by_position.chunk(self.context.sizes.tensor)[self.context.tensor_rank]
 
     def _forward_backward(self, micro_batches: list[MicroBatch]) -> list[dict[str, Tensor]]:
         iterators = [iter(micro_batches) for _ in self.student]
@@ -150,39 +200,32 @@ class DistillationStep:
 
     def _loss(self, hidden: Tensor, model: CausalLM, batch: MicroBatch) -> Tensor:
         """Sum of the token losses. ``hidden``: [s(/tp), b, h] on the last stage."""
-        token_weights = flatten_tokens(batch.token_weights)
-        if self.objective is Objective.QAT:
-            loss, _ = linear_cross_entropy(
-                hidden.flatten(0, 1),
-                model.head_weight(),
-                flatten_tokens(batch.labels),
-                token_weights=token_weights,
-                vocab_start=model.vocab_start,
-                group=self.context.tensor_group,
-                sequence_parallel=self.context.sizes.sequence,
-            )
-            return loss
-        assert batch.teacher_hidden is not None
-        loss, _ = linear_kl(
+        taught = self.divergence.needs_teacher
+        assert not taught or (self.teacher is not None and batch.teacher_hidden is not None)
+        loss, _ = linear_divergence(
             hidden.flatten(0, 1),
             model.head_weight(),
-            batch.teacher_hidden.flatten(0, 1),
-            self.teacher[-1].head_weight().detach(),
-            token_weights=token_weights,
-            temperature=self.temperature,
+            batch.teacher_hidden.flatten(0, 1) if taught and batch.teacher_hidden is not None else None,
+            self.teacher.head_weight() if taught and self.teacher is not None else None,
+            objective=self.divergence,
+            token_weights=flatten_tokens(batch.token_weights),
+            labels=flatten_tokens(batch.labels),
+            vocab_start=model.vocab_start,
             group=self.context.tensor_group,
             sequence_parallel=self.context.sizes.sequence,
+            accumulate_into=model.head_main_grad(),
         )
         return loss
 
     def _reduce(self, per_micro_batch: list[dict[str, Tensor]]) -> tuple[float, int]:
         """Mean loss and number of tokens of the global batch, on every rank."""
         total = torch.zeros(2, dtype=torch.float64, device=self.context.device)
-        if self.context.is_last_stage:
-            for entry in per_micro_batch:
-                total += entry["loss"]
-            dist.all_reduce(total, group=self.context.data_group)
+        for entry in per_micro_batch:  # of the last stage
+            total += entry["loss"]
+        if self.hidden is not None:
+            total[0] += self.hidden.value()
+        dist.all_reduce(total, group=self.context.data_group)
         if self.context.sizes.pipeline > 1:
-            dist.broadcast(total, self.context.last_stage_rank, group=self.context.pipeline_group)
+            dist.all_reduce(total, group=self.context.pipeline_group)
         loss, tokens = total.tolist()
         return loss / max(tokens, 1.0), int(tokens)

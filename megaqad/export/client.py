@@ -15,18 +15,66 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from megaqad.errors import UserError
-from megaqad.export.dequantizer import quantize_input, read_weight
+from megaqad.export import dequantizer as numbers
 from megaqad.export.manifest import MANIFEST_FILE, file_digest, tensor_digest
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linear modules that engines multiply as one, with one global scale."""
 
-PACKED_DTYPES = {
-    "weight": torch.uint8,
-    "weight_scale": torch.float8_e4m3fn,
-    "weight_scale_2": torch.float32,
-    "input_scale": torch.float32,
+
+@dataclass(frozen=True)
+class Layout:
+    """How one ``quant_algo`` stores a linear module of shape [N, K]."""
+
+    tensors: dict[str, tuple[torch.dtype, int]]
+    """dtype by ending, and how many of K one element covers; 0 for a scalar."""
+    read: Callable[..., Tensor]
+    """float32 [N, K] from the tensors, those of inputs left out."""
+    round_input: Callable[..., Tensor] | None
+    """An input as the engine multiplies it, from the input and, where there is one, the stored scale; None where inputs
+    stay as they are."""
+    group_size: int | None
+    """As the configuration files say it."""
+    range: float = 0.0
+    """The calibrated amax over the stored input scale."""
+
+
+_NVFP4_WEIGHT = {
+    "weight": (torch.uint8, 2),
+    "weight_scale": (torch.float8_e4m3fn, 16),
+    "weight_scale_2": (torch.float32, 0),
 }
+_INPUT = {"input_scale": (torch.float32, 0)}
+_SCALES_OF_TENSORS = ("weight_scale_2", "input_scale", "weight_scale")
+LAYOUTS = {
+    "NVFP4": Layout({**_NVFP4_WEIGHT, **_INPUT}, numbers.read_nvfp4, numbers.round_nvfp4, 16, 2688.0),
+    "W4A16_NVFP4": Layout(_NVFP4_WEIGHT, numbers.read_nvfp4, None, 16),
+    "FP8": Layout(
+        {"weight": (torch.float8_e4m3fn, 1), "weight_scale": (torch.float32, 0), **_INPUT},
+        numbers.read_fp8,
+        numbers.round_fp8,
+        None,
+        448.0,
+    ),
+    "MXFP8": Layout(
+        {"weight": (torch.float8_e4m3fn, 1), "weight_scale": (torch.uint8, 32)},
+        numbers.read_mxfp8,
+        numbers.round_mxfp8,
+        32,
+    ),
+    "mxfp4": Layout(
+        {"weight": (torch.uint8, 2), "weight_scale": (torch.uint8, 32)},
+        numbers.read_mxfp4,
+        numbers.round_mxfp4,
+        None,
+    ),
+}
+WITH_CONFIG_GROUP = ("FP8", "NVFP4", "W4A16_NVFP4")
+"""What config.json describes in ``config_groups``, and not by name alone."""
+KV_CACHES = {"FP8": {"dynamic": False, "num_bits": 8, "type": "float"}, "NVFP4": "NVFP4"}
+"""``kv_cache_quant_algo`` of hf_quant_config.json, and what config.json says for it."""
+CACHED_ATTENTION = "megaqad_rounded_kv_cache"
+"""Name under which transformers knows the attention that rounds keys and values."""
 
 
 class VerificationError(UserError):
@@ -41,22 +89,31 @@ class Client:
     config: dict[str, Any]
     files: dict[str, Path]
     """File by tensor name."""
-    quantized: list[str]
-    """Quantized module names, in model order."""
-    weight_only: bool
+    algorithms: dict[str, str]
+    """``quant_algo`` of the quantized modules, in model order."""
+    kv_cache: str | None
+    """``kv_cache_quant_algo``."""
+
+    def layout(self, module: str) -> Layout:
+        return LAYOUTS[self.algorithms[module]]
 
     @property
-    def rounds_inputs(self) -> bool:
-        """Whether its quantized linears also quantize their input (W4A4)."""
-        return bool(self.quantized) and not self.weight_only
+    def rounds_activations(self) -> bool:
+        """Whether anything but weights is rounded: inputs of linears, keys and values."""
+        return self.kv_cache is not None or any(self.layout(name).round_input for name in self.algorithms)
+
+    @property
+    def weight_only(self) -> bool:
+        return bool(self.algorithms) and not any(self.layout(name).round_input for name in self.algorithms)
 
     def tensor(self, name: str) -> Tensor:
         with safe_open(self.files[name], framework="pt") as file:
             return file.get_tensor(name)
 
-    def packed_names(self, module: str) -> list[str]:
-        """The tensors of one quantized module."""
-        return [f"{module}.{kind}" for kind in PACKED_DTYPES if not (self.weight_only and kind == "input_scale")]
+    def weight(self, module: str) -> Tensor:
+        """float32 [N, K]: what a quantized module multiplies with."""
+        layout = self.layout(module)
+        return layout.read(*(self.tensor(f"{module}.{ending}") for ending in layout.tensors if ending not in _INPUT))
 
 
 def open_export(folder: Path) -> Client:
@@ -67,13 +124,12 @@ def open_export(folder: Path) -> Client:
     """
     config = _json(folder / "config.json")
     declared = config.get("quantization_config")
-    quantized: list[str] = []
-    weight_only = False
+    algorithms: dict[str, str] = {}
+    kv_cache = None
     if declared is not None:
-        excluded, weight_only = _check_configs(folder, declared)
         linears = [name for name, module in _skeleton(config).named_modules() if isinstance(module, nn.Linear)]
-        quantized = [name for name in linears if name not in excluded]
-    return Client(folder, config, _tables(folder), quantized, weight_only)
+        algorithms, kv_cache = _check_configs(folder, declared, linears)
+    return Client(folder, config, _tables(folder), algorithms, kv_cache)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -86,26 +142,55 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_configs(folder: Path, declared: dict[str, Any]) -> tuple[set[str], bool]:
-    """(excluded modules, weight-only) after comparing config.json with hf_quant_config.json."""
+def _check_configs(folder: Path, declared: dict[str, Any], linears: list[str]) -> tuple[dict[str, str], str | None]:
+    """(quant_algo by module, kv_cache_quant_algo) after comparing config.json with hf_quant_config.json."""
     other = _json(folder / "hf_quant_config.json").get("quantization", {})
     try:
-        group = declared["config_groups"]["group_0"]
-        facts = (declared["quant_algo"], group["weights"]["group_size"], sorted(declared["ignore"]))
-        theirs = (other["quant_algo"], other["group_size"], sorted(other["exclude_modules"]))
-        kv = other["kv_cache_quant_algo"]
-    except (KeyError, TypeError) as error:
+        algorithm, kv_cache = other["quant_algo"], other["kv_cache_quant_algo"]
+        mixed = algorithm == "MIXED_PRECISION"
+        facts = [declared["quant_algo"], sorted(declared["ignore"]), declared.get("kv_cache_scheme")]
+        theirs = [algorithm, [] if mixed else sorted(other["exclude_modules"]), KV_CACHES.get(kv_cache)]
+        described = mixed or algorithm in WITH_CONFIG_GROUP
+        facts.append(declared["quantized_layers"] if mixed else declared["config_groups"] if described else None)
+        if mixed:
+            layers = other["quantized_layers"]
+            theirs.append(layers)
+        else:
+            group = {key: other[key] for key in ("group_size",) if key in other}
+            layers = {name: {"quant_algo": algorithm, **group} for name in linears if name not in facts[1]}
+            theirs.append({"group_0": _group(algorithm, group.get("group_size"))} if described else None)
+        groups = {tuple(entry["targets"]): entry for entry in declared["config_groups"].values()} if described else {}
+        wanted: dict[tuple[str, ...], Any] = {}
+        for entry in {json.dumps(layer, sort_keys=True): layer for layer in layers.values()}.values() if mixed else ():
+            targets = tuple(sorted(name for name, layer in layers.items() if layer == entry))
+            wanted[targets] = _group(entry["quant_algo"], entry.get("group_size"), list(targets))
+    except (KeyError, TypeError, AttributeError) as error:
         raise VerificationError(f"{folder}: the quantization settings lack {error}; export again") from error
     if facts != theirs:
         raise VerificationError(f"{folder}: config.json says {facts}, hf_quant_config.json {theirs}; export again")
-    algorithm, group_size, excluded = facts
-    weight_only = "input_activations" not in group
-    if (algorithm, group_size, kv) != ("W4A16_NVFP4" if weight_only else "NVFP4", 16, None):
+    if mixed and groups != wanted:
         raise VerificationError(
-            f"{folder}: quant_algo={algorithm}, group_size={group_size}, kv_cache_quant_algo={kv} is not an NVFP4 "
-            "layout that can be verified; export again"
+            f"{folder}: config_groups of config.json are not those of quantized_layers; export again"
         )
-    return set(excluded), weight_only
+    for name, layer in layers.items():
+        known = LAYOUTS.get(layer["quant_algo"])
+        if name not in linears or known is None or layer.get("group_size") != known.group_size:
+            raise VerificationError(f"{folder}: {name} in {layer} is no layout that can be verified; export again")
+    if kv_cache not in (None, *KV_CACHES):
+        raise VerificationError(f"{folder}: kv_cache_quant_algo={kv_cache} cannot be verified; export again")
+    return {name: layers[name]["quant_algo"] for name in linears if name in layers}, kv_cache
+
+
+def _group(algorithm: str, group_size: int | None, targets: list[str] | None = None) -> dict[str, Any]:
+    """What config.json must say of the modules in one format."""
+    bits = 4 if LAYOUTS[algorithm].tensors["weight"][1] == 2 else 8
+    number = {"dynamic": False, "num_bits": bits, "type": "float"}
+    if "mxfp4" in algorithm:
+        group_size = 32
+    if group_size is not None:
+        number["group_size"] = group_size
+    group = {"weights": number, "targets": targets or ["Linear"]}
+    return group if LAYOUTS[algorithm].round_input is None else {**group, "input_activations": number}
 
 
 def _tables(folder: Path) -> dict[str, Path]:
@@ -174,20 +259,31 @@ def _expected_tensors(client: Client) -> dict[str, tuple[torch.dtype, tuple[int,
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, parameter in _skeleton(client.config).named_parameters():
         module, _, kind = name.rpartition(".")
-        if kind != "weight" or module not in client.quantized:
+        if kind != "weight" or module not in client.algorithms:
             expected[name] = (torch.bfloat16, tuple(parameter.shape))
             continue
         rows, inputs = parameter.shape
-        shapes = {"weight": (rows, inputs // 2), "weight_scale": (rows, inputs // 16)}
-        for packed in client.packed_names(module):
-            ending = packed.rpartition(".")[2]
-            expected[packed] = (PACKED_DTYPES[ending], shapes.get(ending, ()))
+        for ending, (dtype, covers) in client.layout(module).tensors.items():
+            expected[f"{module}.{ending}"] = (dtype, (rows, inputs // covers) if covers else ())
+    if client.kv_cache is not None:
+        expected |= dict.fromkeys(_cache_scales(client), (torch.float32, ()))
     return expected
+
+
+def _cache_scales(client: Client) -> dict[str, str]:
+    """Module whose outputs it scales, by name of each scale of the KV cache."""
+    return {
+        f"model.layers.{layer}.self_attn.{kind}_proj.{kind}_scale": f"model.layers.{layer}.self_attn.{kind}_proj"
+        for layer in range(client.config["num_hidden_layers"])
+        for kind in ("k", "v")
+    }
 
 
 def _check_values(client: Client, name: str, tensor: Tensor) -> None:
     """No NaN or Inf anywhere; scales are positive."""
     if tensor.dtype is torch.uint8:
+        if name.endswith("_scale") and bool((tensor == 255).any()):
+            raise VerificationError(f"{client.folder}: tensor {name} holds NaN; export again")
         return
     values = tensor.float()
     if not bool(values.isfinite().all()):
@@ -198,15 +294,15 @@ def _check_values(client: Client, name: str, tensor: Tensor) -> None:
 
 def _check_shared_scales(client: Client) -> None:
     """Engines use one global scale for fused modules, whatever the file says: it must be one."""
-    quantized = set(client.quantized)
-    kinds = ("weight_scale_2",) if client.weight_only else ("weight_scale_2", "input_scale")
-    for module in client.quantized:
+    for module in client.algorithms:
         parent, _, leaf = module.rpartition(".")
         for siblings in FUSED:
             if leaf != siblings[0]:
                 continue
-            names = [f"{parent}.{sibling}" for sibling in siblings if f"{parent}.{sibling}" in quantized]
-            for kind in kinds:
+            names = [f"{parent}.{sibling}" for sibling in siblings if f"{parent}.{sibling}" in client.algorithms]
+            for kind in _SCALES_OF_TENSORS:
+                if client.layout(module).tensors.get(kind, (None, 1))[1]:
+                    continue
                 values = {name: client.tensor(f"{name}.{kind}").item() for name in names}
                 if len(set(values.values())) > 1:
                     raise VerificationError(
@@ -247,44 +343,88 @@ def check_tensors(client: Client) -> int:
 
 
 def check_input_scales(client: Client, input_amax: Mapping[str, float]) -> None:
-    """Every stored input scale is the calibrated amax / 2688, to the last bit but two.
+    """Every stored input scale is the calibrated amax over the format's range, to the last bit but two.
 
     Raises:
         VerificationError: names the module.
     """
-    for module in client.quantized:
-        scale, amax = client.tensor(f"{module}.input_scale").item(), input_amax.get(module)
-        if amax is None or abs(scale * 2688.0 / amax - 1.0) > 2**-22:
-            raise VerificationError(
-                f"{client.folder}: tensor {module}.input_scale is {scale!r}, the student's calibrated input amax "
-                f"{amax!r} asks for {amax / 2688.0 if amax else None!r}; export again"
-            )
+    for module in client.algorithms:
+        if "input_scale" in client.layout(module).tensors:
+            amax = input_amax.get(module)
+            _check_scale(client, f"{module}.input_scale", amax, client.layout(module).range, "input")
+
+
+def check_cache_scales(client: Client, cache_amax: Mapping[str, float]) -> None:
+    """The same for keys and values."""
+    if client.kv_cache is not None:
+        for name, module in _cache_scales(client).items():
+            _check_scale(client, name, cache_amax.get(module), 448.0, "output")
+
+
+def _check_scale(client: Client, name: str, amax: float | None, largest: float, what: str) -> None:
+    scale = client.tensor(name).item()
+    if amax is None or abs(scale * largest / amax - 1.0) > 2**-22:
+        raise VerificationError(
+            f"{client.folder}: tensor {name} is {scale!r}, the student's calibrated {what} amax {amax!r} asks for "
+            f"{amax / largest if amax else None!r}; export again"
+        )
 
 
 def load_client_model(client: Client) -> nn.Module:
     """transformers' model in FP32 with the stored weights, dequantized; its activations stay as they are."""
     model = _from_config(client.config).eval()
-    quantized = set(client.quantized)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             module, _, kind = name.rpartition(".")
-            if kind == "weight" and module in quantized:
-                parts = [client.tensor(f"{module}.{part}") for part in ("weight", "weight_scale", "weight_scale_2")]
-                parameter.copy_(read_weight(*parts))
+            if kind == "weight" and module in client.algorithms:
+                parameter.copy_(client.weight(module))
             else:
                 parameter.copy_(client.tensor(name))
     return model
 
 
-def round_inputs(client: Client, model: nn.Module) -> None:
-    """From now on the quantized linears of ``model`` round their input with the stored scale, as W4A4 engines do."""
+def round_activations(client: Client, model: nn.Module) -> None:
+    """From now on ``model`` rounds the inputs of its quantized linears, and its keys and values, as engines do."""
     modules = dict(model.named_modules())
-    for name in client.quantized:
-        modules[name].register_forward_pre_hook(_input_rounding(client.tensor(f"{name}.input_scale")))
+    for name in client.algorithms:
+        layout = client.layout(name)
+        if layout.round_input is not None:
+            scales = [client.tensor(f"{name}.{ending}") for ending in layout.tensors if ending in _INPUT]
+            modules[name].register_forward_pre_hook(_input_rounding(layout.round_input, scales))
+    if client.kv_cache is not None:
+        _round_cache(client, model)
 
 
-def _input_rounding(scale: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+def _input_rounding(
+    rounding: Callable[..., Tensor], scales: list[Tensor]
+) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (quantize_input(args[0], scale), *args[1:])
+        return (rounding(args[0], *scales), *args[1:])
 
     return hook
+
+
+def _round_cache(client: Client, model: nn.Module) -> None:
+    """Give ``model`` an attention that rounds the keys and values it is handed, which are those of the cache."""
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    assert client.kv_cache is not None
+    rounding = LAYOUTS[client.kv_cache].round_input
+    assert rounding is not None
+    divisor = (
+        LAYOUTS[client.kv_cache].range / 448.0
+    )  # the file's scale leaves the range of four-bit codes to the engine
+    scales = {module: client.tensor(name) / divisor for name, module in _cache_scales(client).items()}
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert rounding is not None
+        prefix = f"model.layers.{module.layer_idx}.self_attn"
+        key, value = rounding(key, scales[f"{prefix}.k_proj"]), rounding(value, scales[f"{prefix}.v_proj"])
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+    AttentionInterface.register(CACHED_ATTENTION, attention)
+    AttentionMaskInterface.register(CACHED_ATTENTION, sdpa_mask)
+    assert isinstance(model, PreTrainedModel)
+    model.set_attn_implementation(CACHED_ATTENTION)

@@ -1,8 +1,8 @@
-"""A second, small implementation of NVFP4 reading, for verification only.
+"""A second, small implementation of reading the number formats, for verification only.
 
-It shares nothing with ``megaqad.nvfp4`` and follows another road on purpose: values come from a 16-entry table, and
-rounding to E2M1 is done by scaling to integers and rounding half to even, where the other counts decision points. An
-error would have to be made twice, differently, to go unseen.
+It shares nothing with ``megaqad.nvfp4`` and ``megaqad.quantization.numbers`` and follows another road on purpose: E2M1
+values come from a 16-entry table, and rounding is done by scaling to integers and rounding half to even, where the
+others count decision points and cast. An error would have to be made twice, differently, to go unseen.
 """
 
 import torch
@@ -11,13 +11,42 @@ from torch import Tensor
 _VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 
 
-def read_weight(packed: Tensor, block_scales: Tensor, global_scale: Tensor) -> Tensor:
-    """float32 [N, K] from uint8 [N, K / 2], float8_e4m3fn [N, K / 16] and float32 []."""
+def _unpack(packed: Tensor) -> Tensor:
+    """float32 [N, K] from uint8 [N, K / 2]."""
     codes = torch.empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=torch.long)
     codes[..., 0::2] = packed % 16
     codes[..., 1::2] = packed // 16
-    scales = (block_scales.float() * global_scale).repeat_interleave(16, dim=-1)
-    return _VALUES[codes] * scales
+    return _VALUES[codes]
+
+
+def _spread(scales: Tensor, block: int) -> Tensor:
+    return scales.repeat_interleave(block, dim=-1)
+
+
+def _powers(exponents: Tensor) -> Tensor:
+    """2^(e - 127) of uint8 exponents: they are the exponent bits of a float32, but for 0, which is subnormal there."""
+    bits = torch.where(exponents == 0, 1 << 22, exponents.to(torch.int32) << 23).to(torch.int32)
+    return bits.view(torch.float32)
+
+
+def read_nvfp4(packed: Tensor, block_scales: Tensor, global_scale: Tensor) -> Tensor:
+    """float32 [N, K] from uint8 [N, K / 2], float8_e4m3fn [N, K / 16] and float32 []."""
+    return _unpack(packed) * _spread(block_scales.float() * global_scale, 16)
+
+
+def read_fp8(weight: Tensor, scale: Tensor) -> Tensor:
+    """float32 [N, K] from float8_e4m3fn [N, K] and float32 []."""
+    return weight.float() * scale
+
+
+def read_mxfp8(weight: Tensor, exponents: Tensor) -> Tensor:
+    """float32 [N, K] from float8_e4m3fn [N, K] and uint8 [N, K / 32]."""
+    return weight.float() * _spread(_powers(exponents), 32)
+
+
+def read_mxfp4(packed: Tensor, exponents: Tensor) -> Tensor:
+    """float32 [N, K] from uint8 [N, K / 2] and uint8 [N, K / 32]."""
+    return _unpack(packed) * _spread(_powers(exponents), 32)
 
 
 def round_e2m1(values: Tensor) -> Tensor:
@@ -32,9 +61,43 @@ def round_e2m1(values: Tensor) -> Tensor:
     return torch.copysign(rounded, values)
 
 
-def quantize_input(x: Tensor, input_scale: Tensor) -> Tensor:
-    """What a W4A4 engine multiplies with: ``x`` [.., K] in NVFP4 under the stored scale, back in its own dtype."""
+def round_e4m3(values: Tensor) -> Tensor:
+    """The nearest of E4M3's values, ties to even, beyond 448 to 448.
+
+    Its step is an eighth of the power of two below the magnitude, and 2^-9 under 2^-6.
+    """
+    size = values.abs().clamp(max=448.0)
+    step = torch.exp2(torch.floor(torch.log2(size.clamp(min=2.0**-6)))) / 8
+    return torch.copysign((size / step).round() * step, values)
+
+
+def round_nvfp4(x: Tensor, scale: Tensor) -> Tensor:
+    """What an engine multiplies with: ``x`` [.., K] in NVFP4 under the stored scale, back in its own dtype."""
     blocks = x.float().unflatten(-1, (-1, 16))
-    ideal = blocks.abs().amax(-1, keepdim=True) / (6.0 * input_scale)
-    scale = ideal.clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn).float() * input_scale
-    return (round_e2m1(blocks / scale) * scale).flatten(-2).to(x.dtype)
+    ideal = blocks.abs().amax(-1, keepdim=True) / (6.0 * scale)
+    block_scale = ideal.clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn).float() * scale
+    return (round_e2m1(blocks / block_scale) * block_scale).flatten(-2).to(x.dtype)
+
+
+def round_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """``x`` in E4M3 under the stored scale."""
+    return (round_e4m3(x.float() / scale) * scale).to(x.dtype)
+
+
+def round_mxfp8(x: Tensor) -> Tensor:
+    """``x`` [.., K] in E4M3 under a power of two per 32 values."""
+    scale = _block_powers(x, 448.0)
+    return (round_e4m3(x.float() / scale) * scale).to(x.dtype)
+
+
+def round_mxfp4(x: Tensor) -> Tensor:
+    """``x`` [.., K] in E2M1 under a power of two per 32 values."""
+    scale = _block_powers(x, 6.0)
+    return (round_e2m1(x.float() / scale) * scale).to(x.dtype)
+
+
+def _block_powers(x: Tensor, largest: float) -> Tensor:
+    """[.., K]: the least power of two, not below 2^-127, under which every value of the block is within ``largest``."""
+    amax = x.double().unflatten(-1, (-1, 32)).abs().amax(-1)
+    exponent = torch.log2(amax / largest).ceil().clamp(min=-127.0)
+    return _spread(torch.exp2(exponent).float(), 32)

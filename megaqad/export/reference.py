@@ -6,7 +6,7 @@ the same weights, the same scales, the same quantizers, in the same layout.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import ModelDescription
 from megaqad.quantization.layers import QuantizerMode
 from megaqad.quantization.recipe import Recipe
-from megaqad.quantization.state import input_amaxes, linear_for, refresh_weights, set_mode
+from megaqad.quantization.state import cache_amaxes, input_amaxes, modules_for, refresh_weights, set_mode
 from megaqad.runtime.parallel import ParallelContext
 
 
@@ -29,9 +29,11 @@ class StudentReference:
     reference_logits: np.ndarray
     """float32 [b, s, V], as the recipe computes."""
     weight_only_logits: np.ndarray | None
-    """float32 [b, s, V] with activations left alone; None when the recipe leaves them alone anyway."""
+    """float32 [b, s, V] with activations and KV cache left alone; None when the recipe leaves them alone anyway."""
     input_amax: Mapping[str, float]
     """Calibrated largest input by module name, of all stages."""
+    cache_amax: Mapping[str, float]
+    """Calibrated largest key and value by the name of the module that makes them, of all stages."""
 
 
 def student_reference(
@@ -52,17 +54,17 @@ def student_reference(
     """
     logits = logits_of(float32_student(student, description, context, recipe))
     weight_only: Tensor | None = None
-    amaxes: list[dict[str, float]] = [{}] * context.sizes.pipeline
-    if recipe.settings.activations != "none":
-        smooth = Recipe(replace(recipe.settings, activations="none"), recipe.modules)
-        weight_only = logits_of(float32_student(student, description, context, smooth))
-        dist.all_gather_object(amaxes, input_amaxes(student), group=context.pipeline_group)
+    amaxes: list[tuple[dict[str, float], dict[str, float]]] = [({}, {})] * context.sizes.pipeline
+    if not recipe.is_smooth:
+        weight_only = logits_of(float32_student(student, description, context, recipe.weights_alone()))
+        dist.all_gather_object(amaxes, (input_amaxes(student), cache_amaxes(student)), group=context.pipeline_group)
     if logits is None:
         return None
     return StudentReference(
         reference_logits=logits.numpy(),
         weight_only_logits=None if weight_only is None else weight_only.numpy(),
-        input_amax={name: amax for stage in amaxes for name, amax in stage.items()},
+        input_amax={name: amax for inputs, _ in amaxes for name, amax in inputs.items()},
+        cache_amax={name: amax for _, caches in amaxes for name, amax in caches.items()},
     )
 
 
@@ -73,7 +75,8 @@ def float32_student(
 
     ``recipe`` must choose the same modules as the student's own; it may leave activations alone.
     """
-    copies = copy_model(student, description, context, dtype=torch.float32, linear_for=linear_for(recipe))
+    modules = modules_for(recipe, description, backend="emulated")
+    copies = copy_model(student, description, context, dtype=torch.float32, **modules)
     refresh_weights(copies, context)
     set_mode(copies, QuantizerMode.ON)
     return copies

@@ -26,13 +26,14 @@ from torch import Tensor
 from megaqad.export.client import (
     Client,
     VerificationError,
+    check_cache_scales,
     check_files,
     check_input_scales,
     check_structure,
     check_tensors,
     load_client_model,
     open_export,
-    round_inputs,
+    round_activations,
 )
 
 __all__ = ["Tolerance", "Verification", "VerificationError", "verify"]
@@ -86,6 +87,7 @@ def verify(
     reference_logits: np.ndarray | Path,
     weight_only_logits: np.ndarray | None = None,
     input_amax: Mapping[str, float] | None = None,
+    cache_amax: Mapping[str, float] | None = None,
     report: Path | None = None,
     tolerance: Tolerance = Tolerance(),
 ) -> Verification:
@@ -99,6 +101,7 @@ def verify(
             W4A4 export. Without them the W4A4 logits themselves must lie within ``tolerance``, which only a small
             model in the same arithmetic can.
         input_amax: the student's calibrated input by module name; None leaves the input scales to the logits.
+        cache_amax: the same of its keys and values, by the module that makes them.
         report: where to write the result as JSON; written also when the logits disagree.
         tolerance: what counts as agreement of the weights.
 
@@ -110,8 +113,10 @@ def verify(
     client = open_export(Path(export_dir))
     tensors = check_tensors(client)
     check_structure(client)
-    if input_amax is not None and client.rounds_inputs:
+    if input_amax is not None:
         check_input_scales(client, input_amax)
+    if cache_amax is not None:
+        check_cache_scales(client, cache_amax)
     reference = np.load(reference_logits, mmap_mode="r") if isinstance(reference_logits, Path) else reference_logits
     expected_shape = (*tokens.shape, client.config["vocab_size"])
     for logits in (reference, weight_only_logits):
@@ -120,14 +125,14 @@ def verify(
                 f"the student's logits have shape {list(logits.shape)}, the tokens and the exported vocabulary ask for "
                 f"{list(expected_shape)}; compare the same tokens and the same model"
             )
-    smooth = weight_only_logits if client.rounds_inputs else reference
+    smooth = weight_only_logits if client.rounds_activations else reference
     whole, weights, effect = _compare_logits(client, tokens, reference, smooth)
     # "<=" and not "not >": a NaN must fail
     passed = _within(whole, tolerance) if effect is None else whole.relative_error <= effect
     result = Verification(
         passed=passed and (weights is None or _within(weights, tolerance)),
         tensors=tensors,
-        quantized_modules=len(client.quantized),
+        quantized_modules=len(client.algorithms),
         weight_only=client.weight_only,
         tokens=int(tokens.size),
         relative_error=whole.relative_error,
@@ -167,10 +172,10 @@ def _compare_logits(
     """
     model = load_client_model(client)
     weights = None if smooth is None else _compare(_logits(model, tokens), smooth)
-    if not client.rounds_inputs:
+    if not client.rounds_activations:
         assert weights is not None
         return weights, weights, None
-    round_inputs(client, model)
+    round_activations(client, model)
     whole = _compare(_logits(model, tokens), reference)
     if smooth is None:
         return whole, None, None

@@ -10,13 +10,13 @@ does not grow with tokens x vocabulary. `vocab_parallel_kl` is the same loss of 
 | blocks.py | its two local reductions in PyTorch; native.py in C++; kernels.py chooses |
 | linear.py | the chunked engine that fuses a loss with the heads; gemm.py, inputs.py serve it |
 | objectives/ | what can be minimized: KL both ways, Jensen-Shannon, logit MSE, cross entropy, mixtures |
-| hidden.py | cosine distance of hidden states, for any pipeline stage |
+| hidden.py | cosine distance and linear CKA of hidden states, for any pipeline stage |
 | metrics.py | `compare_heads` |
 | sharding.py | every collective |
 | reference.py | all of it again, dense, FP64, by autograd: the test oracle |
 """
 
-from megaqad.losses.hidden import hidden_cosine
+from megaqad.losses.hidden import hidden_cka, hidden_cosine
 from megaqad.losses.kl import vocab_parallel_kl
 from megaqad.losses.linear import linear_cross_entropy, linear_divergence, linear_kl
 from megaqad.losses.metrics import TokenMetrics, compare_heads
@@ -34,6 +34,7 @@ __all__ = [
     "TokenMetrics",
     "build_objective",
     "compare_heads",
+    "hidden_cka",
     "hidden_cosine",
     "linear_cross_entropy",
     "linear_divergence",

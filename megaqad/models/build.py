@@ -105,7 +105,12 @@ def megatron_linear(site: LinearSite) -> type:
     return ColumnParallelLinear if site.parallel == "column" else RowParallelLinear
 
 
-def layer_spec(description: ModelDescription, layer: int, linear_for: LinearChoice) -> ModuleSpec:
+def layer_spec(
+    description: ModelDescription,
+    layer: int,
+    linear_for: LinearChoice,
+    attention_core: type | ModuleSpec = CausalAttention,
+) -> ModuleSpec:
     """What layer ``layer`` (global index) is made of."""
     linear = {role: linear_for(site) for role, site in linear_sites(description, layer).items()}
     head_norm = RMSNorm if description.qk_norm else IdentityOp
@@ -114,7 +119,7 @@ def layer_spec(description: ModelDescription, layer: int, linear_for: LinearChoi
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=linear["qkv"],
-            core_attention=CausalAttention,
+            core_attention=attention_core,
             linear_proj=linear["proj"],
             q_layernorm=head_norm,
             k_layernorm=head_norm,
@@ -146,6 +151,8 @@ def build_model(
     context: ParallelContext,
     *,
     linear_for: LinearChoice | None = None,
+    attention_core: type | ModuleSpec = CausalAttention,
+    prepare: Callable[[CausalLM], None] = lambda chunk: None,
 ) -> list[CausalLM]:
     """This rank's chunks, in the order of the virtual stages; one when the pipeline is not interleaved.
 
@@ -154,6 +161,8 @@ def build_model(
         config: from ``transformer_config``.
         context: this rank's place and groups.
         linear_for: the module for each linear layer, Megatron's own by default.
+        attention_core: softmax attention itself, between the projections.
+        prepare: called with every chunk once it stands, to add what a recipe wants.
 
     Collectives: with tied embeddings and more than one stage, one all-reduce over the embedding group (Megatron's
     way of starting both copies equal).
@@ -164,7 +173,7 @@ def build_model(
         vp_stage = stage if virtual > 1 else None
         layers = TransformerBlockSubmodules(
             layer_specs=[
-                layer_spec(description, layer, linear_for or megatron_linear)
+                layer_spec(description, layer, linear_for or megatron_linear, attention_core)
                 for layer in chunk_layers(config, context.pipeline_rank, vp_stage)
             ],
             layer_norm=RMSNorm,
@@ -179,6 +188,7 @@ def build_model(
             vp_stage=vp_stage,
         )
         _mark_shards(chunk, description)
+        prepare(chunk)
         chunks.append(chunk)
     return chunks
 
@@ -202,6 +212,8 @@ def copy_model(
     *,
     dtype: torch.dtype,
     linear_for: LinearChoice | None = None,
+    attention_core: type | ModuleSpec = CausalAttention,
+    prepare: Callable[[CausalLM], None] = lambda chunk: None,
 ) -> list[CausalLM]:
     """The same weights in a model that computes in ``dtype``, for forward passes only.
 
@@ -212,12 +224,17 @@ def copy_model(
         chunks: this rank's chunks, in any dtype.
         context: the layout they were built for.
         dtype: of the copy's parameters and activations.
-        linear_for: as in ``build_model``; must give layers with the same parameters and buffers.
+        linear_for, attention_core, prepare: as in ``build_model``; must give the same parameters and buffers.
 
     Collectives: those of ``build_model``.
     """
     copies = build_model(
-        description, transformer_config(description, context.sizes, dtype=dtype), context, linear_for=linear_for
+        description,
+        transformer_config(description, context.sizes, dtype=dtype),
+        context,
+        linear_for=linear_for,
+        attention_core=attention_core,
+        prepare=prepare,
     )
     for chunk, copy in zip(chunks, copies, strict=True):
         sources = {**dict(chunk.named_parameters()), **dict(chunk.named_buffers())}

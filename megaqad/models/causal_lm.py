@@ -8,6 +8,8 @@ layers want equal parts. ``head_weight`` cuts the padding off again: no loss nee
 and with them gone the padded rows get no gradient.
 """
 
+from typing import Protocol
+
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -24,6 +26,16 @@ def vocab_shard(vocab_size: int, rank: int, size: int) -> tuple[int, int, int]:
     rows = -(-vocab_size // size)
     start = min(rank * rows, vocab_size)
     return start, min(rows, vocab_size - start), rows
+
+
+class Head(Protocol):
+    """What stands between the model and its output head; ``quantization.head.HeadQuantizer`` is one."""
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """The last hidden states [s(/tp), b, h] as the head sees them."""
+
+    def head(self, weight: Tensor) -> Tensor:
+        """The head [real rows, h] as the hidden states are multiplied with it."""
 
 
 class CausalLM(GPTModel):
@@ -62,6 +74,8 @@ class CausalLM(GPTModel):
         self.vocab_start: int = start
         """Vocabulary index of the head's first row on this rank."""
         self._real_vocab_rows = real
+        self.head_quantizer: Head | None = None
+        """Rounds hidden states and head for the last product; only on ``post_process`` chunks, and not always."""
 
     def forward(self, tokens: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Hidden states of this chunk.
@@ -75,17 +89,36 @@ class CausalLM(GPTModel):
             [s / tp, b, h] under sequence parallelism. Collectives: those of Megatron's parallel layers.
         """
         hidden = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
-        return self.decoder(
+        hidden = self.decoder(
             hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.rotary_pos_emb(tokens.shape[1])
         )
+        return hidden if self.head_quantizer is None else self.head_quantizer(hidden)
 
     def head_weight(self) -> Tensor:
-        """This rank's rows of the output head [real rows, h]; gradients reach the parameter.
+        """This rank's rows of the output head [real rows, h], rounded if the recipe says so; gradients reach the
+        parameter.
 
         The rows cover the vocabulary from ``vocab_start`` on; over the tensor-parallel ranks they are disjoint and
         complete. Only on ``post_process`` chunks. No collectives.
         """
+        rows = self.original_head()
+        return rows if self.head_quantizer is None else self.head_quantizer.head(rows)
+
+    def original_head(self) -> Tensor:
+        """``head_weight`` without any rounding, a view of the parameter."""
         assert self.post_process, "only the last chunk holds the output head"
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         return weight if self._real_vocab_rows == weight.shape[0] else weight[: self._real_vocab_rows]
+
+    def head_main_grad(self) -> Tensor | None:
+        """The rows of Megatron-Core's FP32 main gradient that belong to ``head_weight``, to add to; a view.
+
+        A loss that adds the head's gradient there itself must give autograd none for it. A tied embedding's own
+        gradient still comes through autograd and DDP's hook adds it to the same rows. None where nothing accumulates: a
+        frozen head, or a model outside DDP.
+        """
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        main_grad: Tensor | None = vars(weight).get("main_grad")
+        return None if main_grad is None or not weight.requires_grad else main_grad[: self._real_vocab_rows]

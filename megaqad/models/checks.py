@@ -5,6 +5,7 @@
 names the value, the limit and the way out. No torch here.
 """
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,16 +18,14 @@ if TYPE_CHECKING:
     from megaqad.runtime.parallel import ParallelSizes
 
 READABLE_DTYPES = ("BF16", "F16", "F32")
-BLOCK = 16
-"""Values that share one NVFP4 scale; every dim that a matrix product sums over must be a multiple."""
 
 
 def check_checkpoint(description: ModelDescription, model_dir: Path) -> None:
     """Compare the files in ``model_dir`` with what ``description`` says must be there, headers only.
 
     Raises:
-        UserError: missing or extra tensors, a wrong shape or vocabulary size, an unreadable dtype, a truncated file,
-            or a hidden size that NVFP4 blocks do not divide.
+        UserError: missing or extra tensors, a wrong shape or vocabulary size, an unreadable dtype or a truncated
+            file.
     """
     found = read_headers(Path(model_dir))
     expected = hf_tensors(description)
@@ -48,16 +47,6 @@ def check_checkpoint(description: ModelDescription, model_dir: Path) -> None:
         )
     for name, shape in expected.items():
         _check_tensor(description, found[name], name, shape)
-    for key, size in (("hidden_size", description.hidden_size), ("intermediate_size", description.ffn_hidden_size)):
-        if size % BLOCK:
-            raise UserError(
-                f"{model_dir}: {key}={size} is not a multiple of {BLOCK}, the NVFP4 block; take another model"
-            )
-    if description.dims["q"] % BLOCK:
-        raise UserError(
-            f"{model_dir}: num_attention_heads x head_dim = {description.dims['q']} is not a multiple of {BLOCK}, "
-            "the NVFP4 block; take another model"
-        )
 
 
 def _some(names: list[str], show: int = 3) -> str:
@@ -108,8 +97,7 @@ def check_layout(description: ModelDescription, sizes: "ParallelSizes") -> None:
     """Whether the model can be divided by ``sizes``.
 
     Raises:
-        UserError: heads, feed-forward size or layers that do not divide, row-parallel shards that would cut an NVFP4
-            block, or an interleaved pipeline of one stage.
+        UserError: heads, feed-forward size or layers that do not divide, or an interleaved pipeline of one stage.
     """
     tensor = sizes.tensor
     for name, value in (
@@ -122,16 +110,6 @@ def check_layout(description: ModelDescription, sizes: "ParallelSizes") -> None:
             raise UserError(
                 f"parallel.tensor={tensor} does not divide {name}={value}; choose one of {_divisors(description)}"
             )
-    # A row-parallel linear cuts the dim that its blocks run along: o_proj the heads, down_proj the feed-forward size.
-    for name, value in (
-        ("num_attention_heads x head_dim", description.dims["q"]),
-        ("intermediate_size", description.ffn_hidden_size),
-    ):
-        if (value // tensor) % BLOCK:
-            raise UserError(
-                f"parallel.tensor={tensor} leaves {value // tensor} of {name}={value} on a rank, not a multiple of "
-                f"{BLOCK}, the NVFP4 block; choose one of {_divisors(description)}"
-            )
     _check_pipeline(description, sizes)
 
 
@@ -142,8 +120,8 @@ def _divisors(description: ModelDescription) -> str:
         for size in range(1, description.num_kv_heads + 1)
         if description.num_kv_heads % size == 0
         and description.hidden_size % size == 0
-        and description.dims["q"] % (size * BLOCK) == 0
-        and description.ffn_hidden_size % (size * BLOCK) == 0
+        and description.num_heads % size == 0
+        and description.ffn_hidden_size % size == 0
     ]
     return ", ".join(fitting) or "none (the model cannot be divided)"
 
@@ -192,3 +170,38 @@ def check_sequence_length(description: ModelDescription, sequence_length: int, s
             f"parallel.sequence=true divides train.sequence_length={sequence_length} among parallel.tensor="
             f"{sizes.tensor} ranks; make it a multiple"
         )
+
+
+def check_vocabularies(
+    student: ModelDescription, model_dir: Path, teacher: ModelDescription, teacher_dir: Path
+) -> None:
+    """Whether the two models mean the same by every token id.
+
+    Raises:
+        UserError: vocabularies of different sizes, or, where both have a tokenizer.json, different tokens.
+    """
+    if student.vocab_size != teacher.vocab_size:
+        raise UserError(
+            f"distill.teacher={teacher_dir} has vocab_size={teacher.vocab_size}, the student {student.vocab_size}: "
+            "distillation compares token by token, choose a teacher with the same vocabulary"
+        )
+    ours, theirs = _token_ids(model_dir), _token_ids(teacher_dir)
+    if ours is not None and theirs is not None and ours != theirs:
+        token = next(token for token in sorted(ours.keys() | theirs.keys()) if ours.get(token) != theirs.get(token))
+        raise UserError(
+            f"distill.teacher={teacher_dir} has another vocabulary: token {token!r} is {theirs.get(token)} there and "
+            f"{ours.get(token)} for the student; choose a teacher with the same tokenizer"
+        )
+
+
+def _token_ids(model_dir: Path) -> dict[str, int] | None:
+    """Every token and its id, from tokenizer.json; None when there is none that lists them."""
+    try:
+        content = json.loads((model_dir / "tokenizer.json").read_text(encoding="utf-8"))
+        vocabulary = content["model"]["vocab"]
+        listed = (
+            vocabulary if isinstance(vocabulary, dict) else {piece: rank for rank, (piece, _) in enumerate(vocabulary)}
+        )
+        return listed | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # random tokens need no tokenizer; where text needs one, the data say so

@@ -104,9 +104,9 @@ class LinearSite:
     """One linear layer of the model, as the quantization recipe sees it."""
 
     layer: int
-    """Global layer index."""
+    """Global layer index; the number of layers for the head."""
     role: str
-    """``qkv``, ``proj``, ``fc1`` or ``fc2``."""
+    """``qkv``, ``proj``, ``fc1``, ``fc2`` or ``head``."""
     parallel: str
     """``column`` or ``row``."""
     hf_modules: tuple[str, ...]
@@ -314,3 +314,21 @@ def linear_sites(description: "ModelDescription", layer: int) -> dict[str, Linea
         for row in description.table.layer
         if row.role is not None
     }
+
+
+def head_site(description: "ModelDescription") -> LinearSite:
+    """The output head as a linear layer."""
+    return LinearSite(description.num_layers, "head", "column", (_HEAD.parts[0].module,))
+
+
+def contraction_sizes(description: "ModelDescription", tensor: int) -> dict[str, int]:
+    """By linear module, head included: how many inputs a rank of ``tensor`` multiplies, along which blocks lie."""
+    dims = description.dims
+    sizes = {
+        part.module: dims[part.shape[1]] // (tensor if row.shard is Shard.ROW else 1)
+        for layer in range(description.num_layers)
+        for row in description.table.layer
+        if row.role is not None
+        for part in row.at_layer(layer)
+    }
+    return {**sizes, _HEAD.parts[0].module: description.hidden_size}

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megaqad.models.causal_lm import CausalLM
+from megaqad.models.causal_lm import CausalLM, vocab_shard
 from megaqad.models.checkpoint_files import read_headers
 from megaqad.models.description import ModelDescription
 from megaqad.models.families import HfTensor, Row
@@ -82,3 +82,15 @@ def load_weights(chunks: list[CausalLM], description: ModelDescription, model_di
                 shards = [reader.read(placed.row, part) for part in placed.parts]
                 fill_parts(placed.row, parameter.data, shards, description)
         return reader.statistics
+
+
+def load_head(description: ModelDescription, model_dir: Path, rank: int, ranks: int, dtype: torch.dtype) -> Tensor:
+    """Tensor-parallel ``rank``'s rows of the output head [real rows, h], as ``CausalLM.head_weight`` has them.
+
+    For whoever has last hidden states already and needs nothing else of the model. On the CPU; no collectives.
+    """
+    name = "model.embed_tokens.weight" if description.tied_embeddings else "lm_head.weight"
+    start, real, _ = vocab_shard(description.vocab_size, rank, ranks)
+    with safe_open(read_headers(Path(model_dir))[name].file, framework="pt") as file:
+        rows: Tensor = file.get_slice(name)[start : start + real]
+    return rows.to(dtype)

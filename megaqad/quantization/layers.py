@@ -1,8 +1,8 @@
-"""NVFP4 linear layers, emulated: Megatron-Core's parallel layers computing on fake-quantized operands.
+"""Quantized linear layers, emulated: Megatron-Core's parallel layers computing on fake-quantized operands.
 
-Forward, with W and X as a real NVFP4 GEMM would see them::
+Forward, with W and X as a real NVFP4 GEMM would see them (or one in another format of ``numbers.py``)::
 
-    Y = fake_quantize(X, input_amax) @ fake_quantize(W, weight_amax)^T
+    Y = round_input(X, input_amax) @ round_weight(W, weight_amax)^T
 
 Backward is straight-through (QAD, arXiv 2601.20088): gradients are those of the GEMM on the fake-quantized operands,
 handed unchanged to X and W, in high precision. Everything parallel (sequence-parallel gather, input-gradient
@@ -25,10 +25,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor
 
 from megaqad.models.families import LinearSite
-from megaqad.nvfp4 import fake_quantize, tensor_amax
-from megaqad.quantization.recipe import LinearFormat
-
-EXPORT_DTYPE = torch.bfloat16
+from megaqad.nvfp4 import tensor_amax
+from megaqad.quantization.formats import LinearFormat
+from megaqad.quantization.numbers import EXPORT_DTYPE, number_format
 
 
 class QuantizerMode(Enum):
@@ -51,7 +50,13 @@ class _StraightThrough(torch.autograd.Function):
         return grads[0], None
 
 
-class _QuantizedLinear(torch.nn.Module):
+def straight_through(weight: Tensor, quantized: Tensor) -> Tensor:
+    """The values of ``quantized`` with their gradient handed to ``weight``."""
+    result: Tensor = _StraightThrough.apply(weight, quantized)
+    return result
+
+
+class QuantizedLinear(torch.nn.Module):
     """The quantizers of one parallel linear layer; mixed in before Megatron-Core's layer.
 
     Attributes:
@@ -87,7 +92,7 @@ class _QuantizedLinear(torch.nn.Module):
     @torch.no_grad()
     def set_quantized_weight(self, amax: Tensor) -> None:
         """Quantize the weight for the coming forwards. ``amax``: float32 [], the maximum over all shards."""
-        self._quantized_weight = fake_quantize(self.weight.detach().to(EXPORT_DTYPE).to(self.weight.dtype), amax)
+        self._quantized_weight = number_format(self.quantization.weights).round_weight(self.weight, amax)
 
     @property
     def quantized_weight(self) -> Tensor:
@@ -100,18 +105,15 @@ class _QuantizedLinear(torch.nn.Module):
         if self.mode is QuantizerMode.CALIBRATE:
             self.input_amax.copy_(torch.maximum(self.input_amax, tensor_amax(input.detach())))
         elif self.mode is QuantizerMode.ON:
-            weight = _StraightThrough.apply(weight, self.quantized_weight)
-            if self.quantization.activations == "nvfp4":
-                input = fake_quantize(input, self.input_amax)
+            weight = straight_through(weight, self.quantized_weight)
+            if self.quantization.activations != "none":
+                input = number_format(self.quantization.activations).round_input(input, self.input_amax)
         return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
 
 
-class NVFP4ColumnParallelLinear(_QuantizedLinear, ColumnParallelLinear):
+class NVFP4ColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):
     """[s(/tp), b, in] -> [s, b, out/tp]; collectives those of Megatron-Core's ``ColumnParallelLinear``."""
 
 
-class NVFP4RowParallelLinear(_QuantizedLinear, RowParallelLinear):
+class NVFP4RowParallelLinear(QuantizedLinear, RowParallelLinear):
     """[s, b, in/tp] -> [s(/tp), b, out]; collectives those of Megatron-Core's ``RowParallelLinear``."""
-
-
-QuantizedLinear = NVFP4ColumnParallelLinear | NVFP4RowParallelLinear

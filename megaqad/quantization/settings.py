@@ -3,13 +3,18 @@
 No torch here, so that a bad recipe is refused within milliseconds.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from math import isfinite
 from typing import Literal, get_args
 
 from megaqad.errors import UserError
+from megaqad.quantization.allocation import BF16_BITS, NVFP4_BITS
+from megaqad.quantization.formats import CHOICES, FORMATS, KV_CACHE, WEIGHT_ONLY
 
-Format = Literal["nvfp4", "none"]
-Backend = Literal["emulated"]
+MISFITS = ("error", "keep")
+Backend = Literal["emulated", "transformer_engine"]
 
 
 @dataclass(frozen=True)
@@ -17,10 +22,10 @@ class QuantizationSettings:
     """Settings under ``quantization.``; a recipe file in ``conf/quantization`` fills them."""
 
     weights: str = "nvfp4"
-    """Format of the weights of the chosen layers."""
+    """Format of the weights of the chosen layers: ``nvfp4``, ``fp8``, ``mxfp8``, ``mxfp4``, or ``none``."""
 
     activations: str = "nvfp4"
-    """Format of their inputs. ``none`` keeps them BF16 (weight-only, W4A16)."""
+    """Format of their inputs: the weights', or ``none``, which keeps them BF16 (weight-only, W4A16)."""
 
     include: list[str] = field(default_factory=lambda: ["*"])
     """Hugging Face module names to quantize, shell-style patterns."""
@@ -28,27 +33,102 @@ class QuantizationSettings:
     exclude: list[str] = field(default_factory=lambda: ["lm_head"])
     """Module names to keep in BF16 although included."""
 
+    formats: dict[str, str] = field(default_factory=dict)
+    """Other formats for some of the chosen layers, by pattern; the last pattern that matches counts. ``bf16``,
+    ``nvfp4``, ``nvfp4_weight_only``, ``fp8``, ``mxfp8``, ``mxfp4``. Layers 0 and 1 in BF16:
+    ``{"model.layers.[01].*": bf16}``."""
+
+    kv_cache: str = "none"
+    """Format in which the engine keeps keys and values, and attention computes here: ``none`` (BF16), ``fp8``,
+    ``nvfp4``."""
+
+    on_misfit: str = "error"
+    """A layer whose inputs (of one rank) do not divide into the format's blocks: ``error``, or ``keep`` it in BF16."""
+
     backend: str = "emulated"
-    """``emulated`` computes the NVFP4 function with BF16/FP32 GEMMs on any device."""
+    """``emulated`` computes the NVFP4 function with BF16/FP32 GEMMs on any device; ``transformer_engine`` with NVFP4
+    GEMMs on GPUs that have them (W4A4, compute capability 10.0 and above)."""
 
     calibration_samples: int = 64
     """Training sequences whose activations set the input scales."""
 
+    auto: str | None = None
+    """``bits:<average>``: keep those layer groups BF16 that cost the most KL, so that the weights the recipe quantizes
+    average at most so many bits, block scales included (4.5 is all NVFP4). Measured once, then part of the run."""
+
+    @property
+    def target_bits(self) -> float | None:
+        """Average bits per weight that ``auto`` asks for."""
+        return None if self.auto is None else float(self.auto.removeprefix("bits:"))
+
     def __post_init__(self) -> None:
-        for name, value in (("weights", self.weights), ("activations", self.activations)):
-            if value not in get_args(Format):
-                raise UserError(f"quantization.{name}={value} is unknown: choose one of {', '.join(get_args(Format))}")
-        if self.backend not in get_args(Backend):
-            raise UserError(
-                f"quantization.backend={self.backend} is unknown: choose one of {', '.join(get_args(Backend))}"
-            )
+        for name, value, known in (
+            ("weights", self.weights, (*FORMATS, "none")),
+            ("activations", self.activations, (*FORMATS, "none")),
+            ("kv_cache", self.kv_cache, KV_CACHE),
+            ("on_misfit", self.on_misfit, MISFITS),
+            ("backend", self.backend, get_args(Backend)),
+            *((f"formats {pattern!r}", value, tuple(CHOICES)) for pattern, value in self.formats.items()),
+        ):
+            if value not in known:
+                raise UserError(f"quantization.{name}={value} is unknown: {suggestion(value, known)}")
+        self._check_combination()
+
+    def _check_combination(self) -> None:
         if self.weights == "none" and self.activations != "none":
             raise UserError(
                 f"quantization.activations={self.activations} with quantization.weights=none has no engine kernel: "
                 "quantize the weights too, or neither (quantization=none)"
             )
-        if self.calibration_samples < 1 and self.activations != "none":
+        if self.activations == "none" and self.weights not in ("none", *WEIGHT_ONLY):
+            raise UserError(
+                f"quantization.weights={self.weights} with quantization.activations=none has no engine kernel: "
+                f"set quantization.activations={self.weights}"
+            )
+        if self.activations not in ("none", self.weights):
+            raise UserError(
+                f"quantization.weights={self.weights} with quantization.activations={self.activations} has no engine "
+                f"kernel: set quantization.activations={self.weights}"
+            )
+        if self.weights == "none" and (self.kv_cache != "none" or self.formats):
+            name = "formats" if self.formats else f"kv_cache={self.kv_cache}"
+            raise UserError(
+                f"quantization.{name} has no effect with quantization.weights=none: set the weights' format"
+            )
+        for name in self.include:
+            if name in self.exclude and not set(name) & set("*?["):
+                raise UserError(f"quantization.include and quantization.exclude both list {name!r}: remove one")
+        if self.auto is not None:
+            self._check_auto(self.auto)
+        if self.calibration_samples < 1 and (self.activations, self.kv_cache) != ("none", "none"):
             raise UserError(
                 f"quantization.calibration_samples={self.calibration_samples} leaves the input scales unset: "
                 "use 1 or more"
             )
+
+    def _check_auto(self, auto: str) -> None:
+        kind, _, target = auto.partition(":")
+        try:
+            bits = float(target)
+        except ValueError:
+            bits = float("nan")
+        if kind != "bits" or not isfinite(bits):
+            raise UserError(f"quantization.auto={auto} is not understood: give bits:<average>, like bits:6")
+        if self.weights != "nvfp4":
+            raise UserError(
+                f"quantization.auto={auto} chooses among NVFP4 layers, but quantization.weights={self.weights}"
+            )
+        if self.formats:
+            raise UserError(f"quantization.auto={auto} chooses formats itself: remove quantization.formats, or auto")
+        if not NVFP4_BITS <= bits < BF16_BITS:
+            raise UserError(
+                f"quantization.auto={auto} cannot be met: all NVFP4 is {NVFP4_BITS:g} bits, all BF16 {BF16_BITS:g} "
+                "(which is quantization=none); give an average between"
+            )
+
+
+def suggestion(value: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, and all of them."""
+    near = get_close_matches(value, known, n=1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"{meant}choose one of {', '.join(known)}"

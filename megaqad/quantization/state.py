@@ -4,8 +4,9 @@ Every scale is a maximum over all ranks that hold a part of the tensor, so a mod
 The maxima of all layers travel in one all-reduce, not one per layer.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,12 @@ from torch import Tensor
 
 from megaqad.errors import UserError
 from megaqad.models.build import LinearChoice
-from megaqad.models.families import LinearSite
+from megaqad.models.causal_lm import CausalLM
+from megaqad.models.description import ModelDescription
+from megaqad.models.families import LinearSite, head_site
+from megaqad.models.modules import CausalAttention
+from megaqad.quantization.attention import QuantizedCausalAttention
+from megaqad.quantization.head import HeadQuantizer
 from megaqad.quantization.layers import (
     EXPORT_DTYPE,
     NVFP4ColumnParallelLinear,
@@ -27,24 +33,71 @@ from megaqad.quantization.recipe import Recipe
 from megaqad.runtime.parallel import ParallelContext
 
 
-def linear_for(recipe: Recipe) -> LinearChoice:
-    """The function by which ``build_model`` asks which layer to put at a site."""
+def linear_for(recipe: Recipe, backend: str | None = None) -> LinearChoice:
+    """The function by which ``build_model`` asks which layer to put at a site.
+
+    ``backend`` stands in for the recipe's own.
+    """
+    if (backend or recipe.settings.backend) == "transformer_engine":
+        from megaqad.quantization.transformer_engine import transformer_engine_layers
+
+        layers: Mapping[str, type] = transformer_engine_layers()
+    else:
+        layers = {"column": NVFP4ColumnParallelLinear, "row": NVFP4RowParallelLinear}
 
     def choose(site: LinearSite) -> type | ModuleSpec:
         quantization = recipe.format_of(site.hf_modules)
         if quantization is None:
             return ColumnParallelLinear if site.parallel == "column" else RowParallelLinear
-        layer = NVFP4ColumnParallelLinear if site.parallel == "column" else NVFP4RowParallelLinear
-        return ModuleSpec(module=layer, params={"site": site, "quantization": quantization})
+        return ModuleSpec(module=layers[site.parallel], params={"site": site, "quantization": quantization})
 
     return choose
 
 
-def quantized_linears(chunks: Sequence[torch.nn.Module]) -> Iterator[QuantizedLinear]:
-    """The quantized layers on this rank, in model order."""
+class QuantizedModules(TypedDict):
+    """What ``build_model`` and ``copy_model`` take to build a quantized model."""
+
+    linear_for: LinearChoice
+    attention_core: type | ModuleSpec
+    prepare: Callable[[CausalLM], None]
+
+
+def modules_for(recipe: Recipe, description: ModelDescription, backend: str | None = None) -> QuantizedModules:
+    """The modules of a model quantized by ``recipe``: its linear layers, its attention, its head.
+
+    ``backend`` stands in for the recipe's own.
+    """
+    attention: type | ModuleSpec = CausalAttention
+    if recipe.kv_cache != "none":
+        attention = ModuleSpec(module=QuantizedCausalAttention, params={"kv_format": recipe.kv_cache})
+
+    def prepare(chunk: CausalLM) -> None:
+        for layer in chunk.decoder.layers:
+            core = layer.self_attention.core_attention
+            if isinstance(core, QuantizedCausalAttention):
+                core.layer = layer.layer_number - 1
+                core.rounds = recipe.rounds_activations
+        site = head_site(description)
+        quantization = recipe.format_of(site.hf_modules)
+        if chunk.post_process and quantization is not None:
+            chunk.head_quantizer = HeadQuantizer(chunk.original_head, site, quantization)
+
+    return QuantizedModules(linear_for=linear_for(recipe, backend), attention_core=attention, prepare=prepare)
+
+
+def quantized_linears(chunks: Sequence[torch.nn.Module]) -> Iterator[QuantizedLinear | HeadQuantizer]:
+    """The quantized layers on this rank, in model order; the head is the last."""
     for chunk in chunks:
         for module in chunk.modules():
-            if isinstance(module, NVFP4ColumnParallelLinear | NVFP4RowParallelLinear):
+            if isinstance(module, QuantizedLinear | HeadQuantizer):
+                yield module
+
+
+def quantized_caches(chunks: Sequence[torch.nn.Module]) -> Iterator[QuantizedCausalAttention]:
+    """The attentions on this rank that round keys and values, in model order."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, QuantizedCausalAttention):
                 yield module
 
 
@@ -52,6 +105,8 @@ def set_mode(chunks: Sequence[torch.nn.Module], mode: QuantizerMode) -> None:
     """Put every quantized layer of this rank into ``mode``."""
     for layer in quantized_linears(chunks):
         layer.mode = mode
+    for cache in quantized_caches(chunks):
+        cache.mode = mode
 
 
 def _maximum(values: list[Tensor], groups: Sequence[dist.ProcessGroup]) -> list[Tensor]:
@@ -101,21 +156,41 @@ def calibrate(chunks: Sequence[torch.nn.Module], context: ParallelContext, run_f
         UserError: a layer saw no input, only zeros, NaN or Inf; the message names it.
     """
     set_mode(chunks, QuantizerMode.CALIBRATE)
-    for layer in quantized_linears(chunks):
-        layer.input_amax.zero_()
+    for _, amax in calibrated(chunks):
+        amax.zero_()
     run_forward()
-    layers = list(quantized_linears(chunks))
-    reduced = _maximum([layer.input_amax for layer in layers], [context.tensor_group, context.data_group])
-    for layer, amax in zip(layers, reduced, strict=True):
+    found = calibrated(chunks)
+    reduced = _maximum([amax for _, amax in found], [context.tensor_group, context.data_group])
+    for (what, buffer), amax in zip(found, reduced, strict=True):
         value = amax.item()
         if not 0.0 < value < float("inf"):
             raise UserError(
-                f"calibration found a largest input of {value} at {layer.site.hf_modules[0]}; the input scale must be "
-                "positive and finite, check the checkpoint and the calibration data"
+                f"calibration found a largest {what} of {value}; the scale must be positive and finite, check the "
+                "checkpoint and the calibration data"
             )
-        layer.input_amax.copy_(_up_to_bfloat16(amax))
+        buffer.copy_(_up_to_bfloat16(amax))
     refresh_weights(chunks, context)
     set_mode(chunks, QuantizerMode.ON)
+
+
+def calibrated(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, Tensor]]:
+    """What each calibrated maximum on this rank is of, in words, and the float32 [] buffer that holds it."""
+    inputs = [(f"input at {layer.site.hf_modules[0]}", layer.input_amax) for layer in quantized_linears(chunks)]
+    caches = [
+        (f"output at {name}", amax)
+        for cache in quantized_caches(chunks)
+        for name, amax in zip(cache.hf_modules, (cache.key_amax, cache.value_amax), strict=True)
+    ]
+    return inputs + caches
+
+
+def cache_amaxes(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
+    """Calibrated largest key by ``k_proj`` module name and value by ``v_proj``'s, for the layers on this rank."""
+    return {
+        name: amax.item()
+        for cache in quantized_caches(chunks)
+        for name, amax in zip(cache.hf_modules, (cache.key_amax, cache.value_amax), strict=True)
+    }
 
 
 def input_amaxes(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
@@ -167,7 +242,7 @@ def quantization_errors(chunks: Sequence[torch.nn.Module], context: ParallelCont
         dist.all_reduce(sums, group=context.tensor_group)
         errors = (sums[:, 0] / sums[:, 1].clamp_min(torch.finfo(torch.float64).tiny)).sqrt().tolist()
         local = [
-            LayerError(", ".join(layer.site.hf_modules), error, 4.5)
+            LayerError(", ".join(layer.site.hf_modules), error, layer.quantization.facts.bits)
             for layer, error in zip(layers, errors, strict=True)
         ]
     keyed = [(layer.site.layer, error) for layer, error in zip(layers, local, strict=True)]

@@ -1,5 +1,6 @@
 """The report: one page, one JSON and a few pictures from which a person can decide whether to ship the model."""
 
+from megaqad.report.pictures import draw_sensitivity
 from megaqad.report.results import (
     Column,
     Curve,
@@ -23,6 +24,7 @@ __all__ = [
     "StepRow",
     "ValidationRow",
     "Verification",
+    "draw_sensitivity",
     "read_curve",
     "recovery_json",
     "recovery_table",

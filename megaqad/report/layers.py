@@ -30,19 +30,24 @@ class LayerGrid:
 
 def layer_grid(rows: Sequence[LayerError]) -> LayerGrid | None:
     """Arrange the quantized weights that belong to a layer; None when there are none."""
+    return grid_of([(row.module, row.relative_error) for row in rows if row.bits < 16])
+
+
+def grid_of(values: Sequence[tuple[str, float]]) -> LayerGrid | None:
+    """Arrange numbers by the module that each belongs to; those outside the layers have no cell."""
     cells: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for row in rows:
-        place = _place(row.module)
-        if place is not None and row.bits < 16:
-            cells[place].append(row.relative_error)
+    for module, value in values:
+        place = _place(module)
+        if place is not None:
+            cells[place].append(value)
     if not cells:
         return None
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     layers = sorted({layer for _, layer in cells})
     errors = np.full((len(kinds), len(layers)), np.nan)
-    for (kind, layer), values in cells.items():
-        errors[kinds.index(kind), layers.index(layer)] = sum(values) / len(values)
-    return LayerGrid(kinds, layers, errors, averaged=any(len(values) > 1 for values in cells.values()))
+    for (kind, layer), held in cells.items():
+        errors[kinds.index(kind), layers.index(layer)] = sum(held) / len(held)
+    return LayerGrid(kinds, layers, errors, averaged=any(len(held) > 1 for held in cells.values()))
 
 
 def _place(module: str) -> tuple[str, int] | None:

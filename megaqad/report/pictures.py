@@ -9,6 +9,7 @@ Each picture says one thing, carries its labels beside the marks, and is narrow 
 """
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from megaqad.report.layers import LayerGrid, layer_grid
+from megaqad.quantization.allocation import GroupKL
+from megaqad.report.layers import LayerGrid, grid_of, layer_grid
 from megaqad.report.results import Column, Curve, RunResults
 from megaqad.report.verdict import MINUS, entropy, nats
 
@@ -97,6 +99,8 @@ def draw_pictures(results: RunResults) -> list[Picture]:
     grid = layer_grid(results.layer_errors)
     if grid is not None:
         pictures.append(_layers(grid))
+    if results.sensitivity:
+        pictures.append(draw_sensitivity(results.sensitivity))
     return pictures
 
 
@@ -252,19 +256,46 @@ def _level(axes: Axes, value: float, color: str, label: str) -> None:
 
 
 def _layers(grid: LayerGrid) -> Picture:
+    low, high = 100 * float(np.nanmin(grid.errors)), 100 * float(np.nanmax(grid.errors))
+    experts = " Experts of a layer are averaged." if grid.averaged else ""
+    caption = f"|Q(W) - W| / |W|, from {low:.2f} % to {high:.2f} %; stronger colour is more.{experts}"
+    title = "Relative error of each quantized weight, %"
+    return _heat("layer_errors", title, grid, lambda error: f"{100 * error:.2f}", caption)
+
+
+def draw_sensitivity(groups: Sequence[GroupKL]) -> Picture:
+    """What quantizing each layer group alone costs, in units that leave short numbers.
+
+    Groups outside the layers (the head) are named in the caption; at least one must be in a layer.
+    """
+    grid = grid_of([(group.group, group.kl_to_teacher) for group in groups])
+    assert grid is not None, "a recipe quantizes some layer"
+    worst = max(groups, key=lambda group: group.kl_to_teacher)
+    power = math.floor(math.log10(worst.kl_to_teacher)) if worst.kl_to_teacher > 0 else 0
+    head = "".join(f" {group.group}: {nats(group.kl_to_teacher)}." for group in groups if "." not in group.group)
+    caption = (
+        "Attention or MLP of one layer quantized, all else BF16; stronger colour is more. "
+        f"Most: {worst.group}, {nats(worst.kl_to_teacher)}.{head}"
+    )
+    title = f"KL to the teacher of each part alone, in {10.0**power:g} nats per token"
+    return _heat("layer_sensitivity", title, grid, lambda kl: f"{kl / 10.0**power:.1f}", caption)
+
+
+def _heat(name: str, title: str, grid: LayerGrid, label: Callable[[float], str], caption: str) -> Picture:
+    """One row per kind of part, one column per layer."""
     rows, columns = grid.errors.shape
     wide = columns > 12
     low, high = float(np.nanmin(grid.errors)), float(np.nanmax(grid.errors))
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot(xlabel="layer")
-        for (row, column), error in np.ndenumerate(grid.errors):
-            if np.isnan(error):
+        for (row, column), value in np.ndenumerate(grid.errors):
+            if np.isnan(value):
                 continue
-            strength = (error - low) / (high - low) if high > low else 0.5
+            strength = (value - low) / (high - low) if high > low else 0.5
             axes.barh(row, 0.94, 0.9, left=column - 0.47, color=COLOR["qad"], alpha=0.10 + 0.5 * strength, linewidth=0)
             if columns <= 16:
-                axes.text(column, row, f"{100 * error:.2f}", ha="center", va="center", fontsize=8.5)
+                axes.text(column, row, label(value), ha="center", va="center", fontsize=8.5)
         axes.set_yticks(range(rows), grid.kinds)
         axes.tick_params(axis="y", labelcolor=INK)
         every = max(1, columns // 16)
@@ -274,11 +305,8 @@ def _layers(grid: LayerGrid) -> Picture:
         axes.grid(visible=False)
         axes.spines[["left", "bottom"]].set_visible(False)
 
-    experts = " Experts of a layer are averaged." if grid.averaged else ""
-    caption = f"|Q(W) - W| / |W|, from {100 * low:.2f} % to {100 * high:.2f} %; stronger colour is more.{experts}"
     size = (2 * WIDTH if wide else WIDTH, 0.9 + 0.34 * rows)
-    title = "Relative error of each quantized weight, %"
-    return _picture("layer_errors", title, draw, caption, width=size[0], height=size[1], wide=wide)
+    return _picture(name, title, draw, caption, width=size[0], height=size[1], wide=wide)
 
 
 def _picture(

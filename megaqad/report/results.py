@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megaqad.errors import UserError
+from megaqad.quantization.allocation import GroupKL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ class RunFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResults:
-    """Everything a report shows. qat, its curve and the layer errors may be missing; nothing else may."""
+    """Everything a report shows. qat, its curve and what is known of the layers may be missing; nothing else may."""
 
     bf16: Column
     ptq: Column
@@ -122,6 +123,7 @@ class RunResults:
     qad_curve: Curve = field(default_factory=Curve)
     qat_curve: Curve = field(default_factory=Curve)
     layer_errors: tuple[LayerError, ...] = ()
+    sensitivity: tuple[GroupKL, ...] = ()
 
     @property
     def columns(self) -> dict[str, Column]:

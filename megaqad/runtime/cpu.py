@@ -96,8 +96,9 @@ def _manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    pass
+def _nothing() -> Callable[..., None]:
+    """A function that does nothing; a new one for every name, because torch.compile keeps rules by function."""
+    return lambda *_, **__: None
 
 
 def enable_cpu_device() -> None:
@@ -112,9 +113,9 @@ def enable_cpu_device() -> None:
     queue = _Queue()
     replacements: dict[str, Any] = {
         "current_device": lambda: _CPU,
-        "set_device": _nothing,
-        "synchronize": _nothing,
-        "empty_cache": _nothing,
+        "set_device": _nothing(),
+        "synchronize": _nothing(),
+        "empty_cache": _nothing(),
         "Stream": _Queue,
         "Event": _Queue,
         "stream": _on_queue,

@@ -24,18 +24,20 @@ BLOCK_BYTES = 16 * 1024 * 1024
 """Bytes written and hashed at a time: large enough for a disk, small enough for a cache."""
 
 SAFETENSORS_DTYPES = {
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
+    torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int64: "I64",
-    torch.int32: "I32",
     torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+"""In the order in which the safetensors library lays tensors out, so that our files are its files byte for byte: wide
+elements first, which keeps every tensor aligned, and by name within a dtype."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,16 @@ def sync_directory(directory: Path) -> None:
 
 
 def write_text_whole(path: Path, text: str) -> FileDigest:
-    """Replace ``path`` by ``text`` (UTF-8): a reader, also one after a crash, sees the old file or the new one.
+    """``write_bytes_whole`` of ``text`` in UTF-8."""
+    return write_bytes_whole(path, text.encode("utf-8"))
+
+
+def write_bytes_whole(path: Path, content: bytes) -> FileDigest:
+    """Replace ``path`` by ``content``: a reader, also one after a crash, sees the old file or the new one.
 
     Raises:
         OSError: as from ``open``, ``write`` or ``fsync``; ``path`` is then what it was.
     """
-    content = text.encode("utf-8")
     temporary = path.with_name(f".{path.name}.writing")
     try:
         with temporary.open("wb") as file:
@@ -83,7 +89,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
     Args:
         path: must not exist.
-        tensors: in the order in which they are laid out; each is made contiguous on its own.
+        tensors: each is moved and made contiguous on its own. Laid out as the safetensors library does.
         metadata: strings for the header's ``__metadata__``.
 
     Returns:
@@ -108,7 +114,9 @@ def _safetensors_blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, st
     """The bytes of a safetensors file, at most ``BLOCK_BYTES`` at a time."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
-    for name, tensor in tensors.items():
+    dtypes = list(SAFETENSORS_DTYPES)
+    laid_out = sorted(tensors.items(), key=lambda entry: (dtypes.index(entry[1].dtype), entry[0]))
+    for name, tensor in laid_out:
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": SAFETENSORS_DTYPES[tensor.dtype],
@@ -116,10 +124,10 @@ def _safetensors_blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, st
             "data_offsets": [offset, end],
         }
         offset = end
-    text = json.dumps(header).encode("utf-8")
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     yield memoryview(len(text).to_bytes(8, "little") + text)
-    for tensor in tensors.values():
+    for _, tensor in laid_out:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         for start in range(0, len(data), BLOCK_BYTES):
             yield data[start : start + BLOCK_BYTES]

@@ -18,6 +18,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.rendezvous import rendezvous
 
+from megaqad.errors import UserError
 from megaqad.runtime.cpu import enable_cpu_device
 from megaqad.runtime.sizes import ParallelSizes
 
@@ -84,10 +85,23 @@ class ParallelContext:
 
 
 def local_device() -> torch.device:
-    """The device this rank computes on: its own GPU, or the CPU where there is none."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    """The device this rank computes on: its own GPU, or the CPU where there is none.
+
+    Some launchers (``srun --gpus-per-task=1``) show every rank one GPU only, which is then its number 0.
+
+    Raises:
+        UserError: more ranks on this machine than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    shared = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and "SLURM_LOCALID" not in os.environ
+    if local_rank >= gpus and (gpus > 1 or shared):
+        raise UserError(
+            f"local rank {local_rank} has no GPU: this machine shows {gpus}; start one rank per GPU or make the layout "
+            "smaller"
+        )
+    return torch.device("cuda", local_rank if gpus > 1 else 0)
 
 
 def join_ranks(timeout_minutes: float = 30.0) -> None:

@@ -64,11 +64,32 @@ def refusal(capsys, arguments):
         (["train.speed=9"], ["speed"]),
         (["quantization=nvfp5"], ["nvfp5", "nvfp4_weight_only"]),
         (["quantization.exclude=[lm_head,'*.self_atn.*']"], ["'*.self_atn.*'", "matches no linear module"]),
-        (["quantization.exclude=[lm_head,'*.q_proj']"], ["k_proj", "q_proj", "together"]),
-        (["quantization.exclude=['*.q_proj']"], ["lm_head"]),
+        (["quantization.exclude=[lm_head,'*.q_proj']"], ["k_proj", "q_proj", "alike"]),
+        (["quantization=nvfp4_weght_only"], ["did you mean nvfp4_weight_only?"]),
+        (["quantization=general/ptq/nvfp4_default-kv_fp", "seed=1"], ["did you mean general/ptq/nvfp4_default-kv_fp8"]),
+        (
+            ["quantization=general/ptq/nvfp4_default-kv_fp8", "quantization.kv_cache=none"],
+            ["quantization.kv_cache=none beside"],
+        ),
+        (["quantization.formats={*.mlp.*:fp9}"], ["fp9", "did you mean fp8?"]),
+        (["quantization.kv_cache=int8"], ["kv_cache=int8", "none, fp8, nvfp4"]),
+        (["quantization=mxfp4", "parallel.tensor=2"], ["o_proj sums over 48 inputs", "on_misfit=keep"]),
+        (["quantization.include=[lm_head]"], ["both list 'lm_head'"]),
         (["quantization.exclude=['*']"], ["quantizes no module"]),
         (["quantization.activations=fp3"], ["quantization.activations=fp3", "nvfp4"]),
         (["distill.objective=sft"], ["distill.objective=sft", "qad, qat"]),
+        (["distill.loss={forward:1}"], ["distill.loss has forward", "forward_kl, reverse_kl, jsd, logit_mse"]),
+        (["distill.loss={forward_kl:1,jsd:-0.5}"], ["distill.loss.jsd=-0.5", "from 0 up"]),
+        (["distill.loss={forward_kl:nan}"], ["distill.loss.forward_kl=nan"]),
+        (["distill.loss={forward_kl:0}"], ["no part with a weight above 0"]),
+        (["distill.loss={forward_kl:1}", "distill.objective=qat"], ["no effect", "qat"]),
+        (["distill.temperature=0"], ["distill.temperature=0.0"]),
+        (["distill.beta=1"], ["distill.beta=1.0", "between 0 and 1"]),
+        (["distill.hidden.kind=l2"], ["distill.hidden.kind=l2", "cosine, cka"]),
+        (["distill.hidden.weight=1", "distill.hidden.layers=[4]"], ["distill.hidden.layers has 4", "0 to 3"]),
+        (["distill.hidden.weight=1", "distill.cache=/tmp/none"], ["distill.cache holds last hidden states only"]),
+        (["distill.teacher=self", "distill.cache=/tmp/none"], ["distill.teacher=self"]),
+        (["distill.teacher=/no/teacher"], ["/no/teacher/config.json does not exist"]),
         (["runtime.dtype=float16"], ["runtime.dtype=float16", "bfloat16, float32"]),
         (["data=/does/not/exist.txt"], ["/does/not/exist.txt"]),
     ],
@@ -82,13 +103,42 @@ def test_settings_are_refused(capsys, model, tmp_path, overrides, said):
 
 
 @pytest.mark.parametrize(
+    ("changes", "overrides", "said"),
+    [
+        ({"vocab_size": 516}, [], ["vocab_size=516", "the student 515"]),
+        ({"hidden_size": 96}, ["distill.hidden.weight=1"], ["has 96 and the student 64", "use cka"]),
+        ({"num_hidden_layers": 6}, ["parallel.pipeline=4"], ["does not divide 6 layers"]),
+        ({"num_key_value_heads": 1}, ["parallel.tensor=2"], ["num_key_value_heads=1"]),
+    ],
+)
+def test_teachers_are_refused(capsys, model, tmp_path, changes, overrides, said):
+    teacher = make_checkpoint("llama", tmp_path / "teacher", **changes)
+    capsys.readouterr()
+    arguments = [f"model={model}", f"output_dir={tmp_path / 'run'}", f"distill.teacher={teacher}", *TRAIN]
+    line = refusal(capsys, ["distill", *arguments, *overrides])
+    for words in said:
+        assert words in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_with_other_tokens_is_refused(capsys, changed, model, tmp_path):
+    teacher = changed()
+    student = shutil.copytree(model, tmp_path / "student")
+    for folder, second in ((student, "b"), (teacher, "c")):
+        vocabulary = {"model": {"vocab": {"a": 0, second: 1}}, "added_tokens": [{"content": "<end>", "id": 2}]}
+        (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    arguments = [f"model={student}", f"output_dir={tmp_path / 'run'}", f"distill.teacher={teacher}", *TRAIN]
+    assert "token 'b' is None there and 1 for the student" in refusal(capsys, ["distill", *arguments])
+
+
+@pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
         ({"vocab_size": 600}, ["515 rows", "vocab_size=600"]),
         ({"num_hidden_layers": 5}, ["lacks", "model.layers.4"]),
         ({"num_hidden_layers": 3}, ["model.layers.3"]),
-        ({"intermediate_size": 90}, ["intermediate_size=90"]),
+        ({"intermediate_size": 90}, ["gate_proj", "[90, 64]"]),
         ({"quantization_config": {"quant_method": "modelopt"}}, ["already quantized", "modelopt"]),
     ],
 )
@@ -134,6 +184,16 @@ def test_another_runs_output_dir_is_left_alone(capsys, model, tmp_path):
     line = refusal(capsys, ["distill", f"model={model}", f"output_dir={output}", *TRAIN, "seed=2"])
     assert "seed=1" in line
     assert json.loads((output / "run.json").read_text()) == recorded
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export", "verify", "logits"])
+def test_a_student_is_not_read_under_another_recipe(capsys, model, tmp_path, command):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "run.json").write_text(json.dumps({"quantization.activations": "none"}))
+    settings = [f"model={model}", f"output_dir={output}", "data=stdlib", "tokens=no.npy", "train.sequence_length=64"]
+    line = refusal(capsys, [command, *settings])
+    assert "quantization.activations=none, this one has nvfp4" in line
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_same_curve_in_every_layout(model, one_rank_curves, run_ranks, tmp_path,
     compare_curves(model, one_rank_curves, run_ranks, tmp_path, layout, QAT_WITHOUT_QUANTIZATION, 1e-4)
 
 
-@pytest.mark.parametrize("layout", ["tensor 2, sequence", "pipeline 2, interleaved", "data 2"])
+@pytest.mark.parametrize("layout", ["tensor 2, sequence", "tensor 2 x pipeline 2, interleaved", "data 2"])
 def test_same_curve_in_nvfp4(model, one_rank_curves, run_ranks, tmp_path, layout):
     compare_curves(model, one_rank_curves, run_ranks, tmp_path, layout, QAD_IN_NVFP4, 2e-2)
 
@@ -76,9 +76,18 @@ def compare_curves(model, one_rank_curves, run_ranks, tmp_path, layout, objectiv
         assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=5 * tolerance)
 
 
-def test_same_bytes_at_step_zero(model, run_ranks, tmp_path):
-    expected = run_ranks(1, export_digests, [f"model={model}", f"output_dir={tmp_path / 'one'}"])[0]
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        ["quantization=nvfp4"],
+        ["quantization=nvfp4_kv_fp8", "quantization.exclude=[]", "quantization.formats={*_attn*:fp8,lm_head:fp8}"],
+    ],
+)
+def test_same_bytes_at_step_zero(model, run_ranks, tmp_path, recipe):
+    expected = run_ranks(1, export_digests, [f"model={model}", f"output_dir={tmp_path / 'one'}", *recipe])[0]
     assert "model.safetensors" in expected
     for name, (ranks, sizes) in LAYOUTS.items():
-        found = run_ranks(ranks, export_digests, [f"model={model}", f"output_dir={tmp_path / name}", *sizes])[0]
+        found = run_ranks(ranks, export_digests, [f"model={model}", f"output_dir={tmp_path / name}", *recipe, *sizes])[
+            0
+        ]
         assert found == expected, name

@@ -11,22 +11,23 @@ from torch import Tensor
 
 from megaqad.distillation.forward import forward_hidden
 from megaqad.errors import UserError
-from megaqad.export.modelopt import export_modelopt
+from megaqad.export.modelopt import Quantization, export_modelopt
 from megaqad.export.reference import student_reference
 from megaqad.models.build import build_model, transformer_config
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import describe_model
-from megaqad.models.families import linear_modules
 from megaqad.models.hf_reader import load_weights
-from megaqad.quantization.recipe import Recipe
+from megaqad.quantization.formats import CHOICES
+from megaqad.quantization.recipe import recipe_for
 from megaqad.quantization.settings import QuantizationSettings
-from megaqad.quantization.state import calibrate, input_amaxes, linear_for
+from megaqad.quantization.state import cache_amaxes, calibrate, input_amaxes, modules_for
 from megaqad.runtime.parallel import ParallelContext, ParallelSizes, parallel
 from tests.models.megatron_runs import whole_logits
 
 
 def export_weights(rank: int, world: int, folder: Path, sizes: ParallelSizes, options: dict[str, Any]) -> None:
-    """Export a loaded checkpoint. ``options``: output_dir, modules, input_amax, spoil, max_file_bytes."""
+    """Export a loaded checkpoint. ``options``: output_dir, formats (names by module), input_amax, kv_cache, cache_amax,
+    dtype, spoil, max_file_bytes."""
     with parallel(sizes) as context:
         description = describe_model(folder)
         config = transformer_config(description, sizes, dtype=options.pop("dtype", torch.bfloat16))
@@ -35,7 +36,13 @@ def export_weights(rank: int, world: int, folder: Path, sizes: ParallelSizes, op
         spoil = options.pop("spoil", None)
         if spoil is not None and rank == world - 1:
             chunks[-1].decoder.layers[-1].mlp.linear_fc2.weight.data[3, 5] = spoil
-        export_modelopt(chunks, description, context, model_dir=folder, **options)
+        quantization = Quantization(
+            {name: CHOICES[choice] for name, choice in options.pop("formats").items()},
+            options.pop("input_amax", {}),
+            options.pop("kv_cache", "none"),
+            options.pop("cache_amax", {}),
+        )
+        export_modelopt(chunks, description, context, model_dir=folder, quantization=quantization, **options)
 
 
 def refused_export(rank: int, world: int, folder: Path, sizes: ParallelSizes, options: dict[str, Any]) -> str:
@@ -69,9 +76,9 @@ def calibrate_and_export(rank: int, world: int, folder: Path, sizes: ParallelSiz
     """
     with parallel(sizes) as context:
         description = describe_model(folder)
-        recipe = Recipe(QuantizationSettings(**options["settings"]), [*linear_modules(description), "lm_head"])
+        recipe = recipe_for(QuantizationSettings(**options["settings"]), description, sizes.tensor)
         config = transformer_config(description, sizes, dtype=options["dtype"])
-        chunks = build_model(description, config, context, linear_for=linear_for(recipe))
+        chunks = build_model(description, config, context, **modules_for(recipe, description))
         load_weights(chunks, description, folder)
         tokens = options["tokens"]
         calibrate(chunks, context, lambda: forward_hidden(chunks, list(torch.from_numpy(tokens).split(1))))
@@ -86,7 +93,6 @@ def calibrate_and_export(rank: int, world: int, folder: Path, sizes: ParallelSiz
             context,
             options["output_dir"],
             model_dir=folder,
-            modules=recipe.quantized_modules(),
-            input_amax=None if recipe.settings.activations == "none" else input_amaxes(chunks),
+            quantization=Quantization(recipe.formats, input_amaxes(chunks), recipe.kv_cache, cache_amaxes(chunks)),
         )
         return reference

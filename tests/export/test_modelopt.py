@@ -1,6 +1,7 @@
 """Exported bytes are ModelOpt's, and the same from every layout."""
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -28,34 +29,51 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize(("case", "weight_only"), [("llama", False), ("qwen2", True), ("qwen3", False)])
-def test_bytes_equal_modelopt_from_every_layout(case: str, weight_only: bool, tmp_path: Path) -> None:
+RECIPES: dict[str, tuple[str, dict[str, str], str]] = {
+    # case, format by pattern (the last that matches), KV cache
+    "nvfp4": ("llama", {"*": "nvfp4"}, "none"),
+    "weight only": ("qwen2", {"*": "nvfp4_weight_only"}, "none"),
+    "nvfp4 with norms": ("qwen3", {"*": "nvfp4"}, "none"),
+    "fp8, kv fp8": ("qwen3", {"*": "fp8"}, "fp8"),
+    "nvfp4, kv nvfp4": ("mistral", {"*": "nvfp4"}, "nvfp4"),
+    "mixed, kv fp8": ("llama", {"*": "nvfp4", "*.self_attn.*": "fp8"}, "fp8"),
+    "mixed of four": (
+        "mxfp_llama",
+        {"*": "nvfp4", "*.self_attn.*": "mxfp8", "*.1.*": "nvfp4_weight_only", "*.2.mlp*": "bf16", "*.3.mlp*": "mxfp8"},
+        "none",
+    ),
+    "mxfp8": ("mxfp_llama", {"*": "mxfp8"}, "none"),
+    "mxfp4": ("mxfp_llama", {"*": "mxfp4"}, "none"),
+    "with a head": ("llama", {"*": "nvfp4", "lm_head": "fp8"}, "none"),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_bytes_equal_modelopt_from_every_layout(recipe: str, tmp_path: Path) -> None:
+    case, patterns, kv_cache = RECIPES[recipe]
     folder = make_checkpoint(case, tmp_path / "in", dtype=torch.bfloat16)
     tokens = torch.from_numpy(random_tokens(CASES[case]["vocab_size"]))
-    amax = modelopt_export(folder, tmp_path / "theirs", tokens, weight_only=weight_only)
-    modules = linear_modules(describe_model(folder))
-    assert weight_only or set(amax) == set(modules)
+    theirs = modelopt_export(folder, tmp_path / "theirs", tokens, patterns, kv_cache)
+    modules = linear_modules(describe_model(folder)) + (["lm_head"] if "lm_head" in patterns else [])
+    formats = {name: [choice for pattern, choice in patterns.items() if fnmatch(name, pattern)][-1] for name in modules}
+    formats = {name: choice for name, choice in formats.items() if choice != "bf16"}
 
     def export(sizes: ParallelSizes, name: str) -> Path:
-        options = {
-            "output_dir": tmp_path / name,
-            "modules": modules,
-            "input_amax": None if weight_only else amax,
-        }
+        options = {"output_dir": tmp_path / name, "formats": formats, "kv_cache": kv_cache, **vars(theirs)}
         run_ranks(sizes.model_ranks, export_weights, folder, sizes, options)
         return tmp_path / name
 
     ours = export(ParallelSizes(), "ours")
-    theirs = load_file(tmp_path / "theirs/model.safetensors")
+    expected = load_file(tmp_path / "theirs/model.safetensors")
     written = load_file(ours / "model.safetensors")
-    assert set(written) == set(theirs)
-    for name, tensor in theirs.items():
-        assert written[name].dtype is tensor.dtype
+    assert set(written) == set(expected)
+    for name, tensor in expected.items():
+        assert written[name].dtype is tensor.dtype, name
         assert written[name].shape == tensor.shape, name
         assert tensor_digest(written[name]) == tensor_digest(tensor), name
     for file in ("hf_quant_config.json", "config.json"):
-        expected = json.loads((tmp_path / "theirs" / file).read_text())
-        assert json.loads((ours / file).read_text()) == expected, file
+        expected_json = json.loads((tmp_path / "theirs" / file).read_text())
+        assert json.loads((ours / file).read_text()) == expected_json, file
     for index, sizes in enumerate(LAYOUTS):
         assert contents(export(sizes, f"layout{index}")) == contents(ours), sizes
 
@@ -63,7 +81,11 @@ def test_bytes_equal_modelopt_from_every_layout(case: str, weight_only: bool, tm
 def test_a_recipe_that_keeps_attention_lists_full_names(tmp_path: Path) -> None:
     folder = make_checkpoint("mistral", tmp_path / "in", dtype=torch.bfloat16)
     modules = [name for name in linear_modules(describe_model(folder)) if "mlp" in name]
-    options = {"output_dir": tmp_path / "out", "modules": modules, "input_amax": dict.fromkeys(modules, 2.0)}
+    options = {
+        "output_dir": tmp_path / "out",
+        "formats": dict.fromkeys(modules, "nvfp4"),
+        "input_amax": dict.fromkeys(modules, 2.0),
+    }
     run_ranks(1, export_weights, folder, ParallelSizes(), options)
     written = load_file(tmp_path / "out/model.safetensors")
     original = load_file(folder / "model.safetensors")
@@ -81,7 +103,11 @@ def test_fp32_weights_are_cast_first(tmp_path: Path) -> None:
     narrow = make_checkpoint("llama", tmp_path / "narrow", dtype=torch.bfloat16)
     modules = linear_modules(describe_model(wide))
     for folder, dtype, name in ((wide, torch.float32, "a"), (narrow, torch.bfloat16, "b")):
-        options = {"output_dir": tmp_path / name, "modules": modules, "input_amax": None, "dtype": dtype}
+        options = {
+            "output_dir": tmp_path / name,
+            "formats": dict.fromkeys(modules, "nvfp4_weight_only"),
+            "dtype": dtype,
+        }
         run_ranks(1, export_weights, folder, ParallelSizes(), options)
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
@@ -89,7 +115,7 @@ def test_fp32_weights_are_cast_first(tmp_path: Path) -> None:
 def test_several_files_hold_the_same_tensors(tmp_path: Path) -> None:
     folder = make_checkpoint("llama", tmp_path / "in", dtype=torch.bfloat16)
     modules = linear_modules(describe_model(folder))
-    options: dict[str, Any] = {"modules": modules, "input_amax": dict.fromkeys(modules, 1.0)}
+    options: dict[str, Any] = {"formats": dict.fromkeys(modules, "nvfp4"), "input_amax": dict.fromkeys(modules, 1.0)}
     run_ranks(1, export_weights, folder, ParallelSizes(), {**options, "output_dir": tmp_path / "one"})
     split = {**options, "output_dir": tmp_path / "many", "max_file_bytes": 40_000}
     run_ranks(2, export_weights, folder, ParallelSizes(tensor=2), split)
@@ -104,7 +130,7 @@ def test_several_files_hold_the_same_tensors(tmp_path: Path) -> None:
 def test_a_nan_on_one_rank_stops_all_of_them(value: float, tmp_path: Path) -> None:
     folder = make_checkpoint("llama", tmp_path / "in", dtype=torch.bfloat16)
     modules = linear_modules(describe_model(folder))
-    options = {"output_dir": tmp_path / "out", "modules": modules, "input_amax": None, "spoil": value}
+    options = {"output_dir": tmp_path / "out", "formats": dict.fromkeys(modules, "nvfp4_weight_only"), "spoil": value}
     messages = run_ranks(4, refused_export, folder, ParallelSizes(tensor=2, pipeline=2), options)
     assert len(set(messages)) == 1
     assert messages[0].startswith("export refused: model.layers.3.mlp.down_proj.weight holds")
@@ -118,7 +144,7 @@ def test_an_input_that_was_not_calibrated_is_refused(value: float | None, tmp_pa
     amax = {**dict.fromkeys(modules, 1.0), "model.layers.1.mlp.up_proj": value}
     if value is None:
         del amax["model.layers.1.mlp.up_proj"]
-    options = {"output_dir": tmp_path / "out", "modules": modules, "input_amax": amax}
+    options = {"output_dir": tmp_path / "out", "formats": dict.fromkeys(modules, "nvfp4"), "input_amax": amax}
     message = run_ranks(1, refused_export, folder, ParallelSizes(), options)[0]
     assert "model.layers.1.mlp.up_proj has a largest calibrated input of" in message
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megaqad.export.dequantizer import quantize_input, read_weight, round_e2m1
+from megaqad.export.dequantizer import read_nvfp4, round_e2m1, round_nvfp4
 from megaqad.export.manifest import MANIFEST_FILE, file_digest, tensor_digest
 from megaqad.export.reference import StudentReference
 from megaqad.export.verify import Verification, VerificationError, verify
@@ -92,6 +92,12 @@ def test_a_good_export_passes(export: Export, tmp_path: Path) -> None:
         ("qwen3", {"exclude": ["lm_head", "*self_attn*"]}),
         ("llama_tied_scaled", {}),
         ("mistral", {"weights": "none", "activations": "none"}),
+        ("qwen3", {"weights": "fp8", "activations": "fp8", "kv_cache": "fp8"}),
+        ("llama", {"exclude": [], "formats": {"*.self_attn.*": "fp8", "lm_head": "fp8"}}),
+        ("llama", {"exclude": [], "kv_cache": "fp8"}),
+        ("mistral", {"kv_cache": "nvfp4", "activations": "none"}),
+        ("mxfp_llama", {"weights": "mxfp8", "activations": "mxfp8"}),
+        ("mxfp_llama", {"weights": "mxfp4", "activations": "mxfp4", "formats": {"*.mlp.*": "nvfp4_weight_only"}}),
     ],
     ids=str,
 )
@@ -100,7 +106,7 @@ def test_other_recipes_and_families_pass(case: str, settings: dict[str, Any], tm
     result = check(export)
     assert result.weights_relative_error is not None
     assert result.weights_relative_error < 1e-5
-    assert result.weight_only == (settings == {"activations": "none"})
+    assert result.weight_only == (settings.get("activations") == "none" and "weights" not in settings)
 
 
 def test_a_bf16_student_is_compared_without_its_rounding(tmp_path: Path) -> None:
@@ -285,9 +291,9 @@ def test_the_two_implementations_of_the_format_agree() -> None:
     x[0, : len(grid)] = grid
     x[1] = 0
     packed = quantize(x)
-    ours = read_weight(packed.codes, packed.block_scales, packed.global_scale)
+    ours = read_nvfp4(packed.codes, packed.block_scales, packed.global_scale)
     amax = torch.tensor(3.0)  # smaller than the data: blocks saturate
     for dtype in (torch.float32, torch.bfloat16):
         values = x.to(dtype)
-        assert torch.equal(quantize_input(values, amax / 2688), fake_quantize(values, amax))
+        assert torch.equal(round_nvfp4(values, amax / 2688), fake_quantize(values, amax))
     assert torch.equal(ours, fake_quantize(x))

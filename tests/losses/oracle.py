@@ -50,3 +50,13 @@ def logit_pair(
     teacher = torch.randn(tokens, vocabulary, generator=generator) * 2
     student = teacher + noise * torch.randn(tokens, vocabulary, generator=generator)
     return student.to(dtype), teacher.to(dtype)
+
+
+def dense_cka(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    """Linear CKA as the paper has it, by the Gram matrices of the tokens; a weight counts a token so many times."""
+    student, teacher = student[weights != 0], teacher[weights != 0]
+    weights = weights[weights != 0]
+    centre = torch.eye(len(weights), dtype=weights.dtype) - weights / weights.sum()
+    root = weights.sqrt().diag()
+    gram_s, gram_t = (root @ centre @ x @ x.t() @ centre.t() @ root for x in (student, teacher))
+    return (gram_s * gram_t).sum() / (gram_s.square().sum() * gram_t.square().sum()).sqrt()

@@ -36,6 +36,8 @@ CASES: dict[str, dict[str, Any]] = {
         "vocab_size": 130,
         "num_hidden_layers": 2,
     },
+    # every dim a multiple of 32 on two ranks
+    "mxfp_llama": {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 130},
     "mistral": {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96, "sliding_window": 64},
     "qwen2": {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 515, "tie_word_embeddings": True},
     "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 257},
@@ -49,21 +51,27 @@ COMMON: dict[str, Any] = {
 }
 
 
-def hf_config(case: str) -> Any:
+def hf_config(case: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 
-    settings = {**COMMON, **CASES[case], "attn_implementation": "eager"}
-    return AutoConfig.for_model(case.split("_", maxsplit=1)[0], **settings)
+    settings = {**COMMON, **CASES[case], **changes, "attn_implementation": "eager"}
+    return AutoConfig.for_model(case.removeprefix("mxfp_").split("_", maxsplit=1)[0], **settings)
 
 
 def make_checkpoint(
-    case: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard_size: str = "5GB"
+    case: str,
+    folder: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    shard_size: str = "5GB",
+    **changes: Any,
 ) -> Path:
-    """A checkpoint as ``save_pretrained`` of transformers writes it."""
+    """A checkpoint as ``save_pretrained`` of transformers writes it; ``changes`` are made to its config."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(hf_config(case), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(hf_config(case, **changes), dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape) * 0.1

@@ -183,21 +183,6 @@ def test_broken_index(folder: Path, content: str) -> None:
     refused(folder, "is not a safetensors index")
 
 
-def test_sizes_that_blocks_do_not_divide(tmp_path: Path) -> None:
-    for index, (key, value, word) in enumerate(
-        [("hidden_size", 72, "hidden_size=72"), ("intermediate_size", 100, "intermediate_size=100")]
-    ):
-        from tests.models import checkpoints
-
-        case = f"llama_odd{index}"
-        checkpoints.CASES[case] = {**checkpoints.CASES["llama"], key: value}
-        try:
-            folder = make_checkpoint(case, tmp_path / case)
-        finally:
-            del checkpoints.CASES[case]
-        refused(folder, word, "multiple of 16")
-
-
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
@@ -214,12 +199,6 @@ def test_layouts_that_do_not_fit(original: Path, sizes: ParallelSizes, words: li
         check_layout(describe_model(original), sizes)
     for word in words:
         assert word in str(caught.value), str(caught.value)
-
-
-def test_a_block_across_ranks_is_refused(folder: Path) -> None:
-    edit_config(folder, num_attention_heads=2, num_key_value_heads=2, head_dim=24)
-    with pytest.raises(UserError, match="leaves 24 of num_attention_heads x head_dim=48"):
-        check_layout(describe_model(folder), ParallelSizes(tensor=2))
 
 
 def test_sequence_lengths(folder: Path) -> None:

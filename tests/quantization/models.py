@@ -9,7 +9,7 @@ from megaqad.models.build import build_model, transformer_config
 from megaqad.models.description import describe_model
 from megaqad.quantization.recipe import recipe_for
 from megaqad.quantization.settings import QuantizationSettings
-from megaqad.quantization.state import linear_for
+from megaqad.quantization.state import modules_for
 from tests.models.checkpoints import hf_config
 
 
@@ -22,4 +22,4 @@ def small_quantized_model(context, case="llama", **recipe):
         description = describe_model(Path(folder))
     made = recipe_for(QuantizationSettings(**recipe), description)
     settings = transformer_config(description, context.sizes, dtype=torch.float32, initialize=True)
-    return build_model(description, settings, context, linear_for=linear_for(made))
+    return build_model(description, settings, context, **modules_for(made, description))

@@ -8,11 +8,19 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from megaqad.errors import UserError
 from megaqad.runtime import lock as lock_module
 from megaqad.runtime.duration import seconds_of
-from megaqad.runtime.files import FileDigest, digest_of, free_bytes, write_safetensors, write_text_whole
+from megaqad.runtime.files import (
+    SAFETENSORS_DTYPES,
+    FileDigest,
+    digest_of,
+    free_bytes,
+    write_safetensors,
+    write_text_whole,
+)
 from megaqad.runtime.lock import DirectoryLock
 from megaqad.training.manifest import FILE, DamagedCheckpoint, check_file, read_manifest, write_manifest
 
@@ -39,6 +47,16 @@ def test_safetensors_are_what_the_library_reads(tmp_path):
             assert found.dtype == tensor.dtype
             assert found.shape == tensor.shape
             assert torch.equal(found.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+
+
+def test_the_bytes_are_those_of_the_safetensors_library(tmp_path):
+    tensors = {}
+    for number, dtype in enumerate(reversed(SAFETENSORS_DTYPES)):
+        values = torch.arange(6).reshape(3, 2).t()  # not contiguous
+        tensors |= {f"b.é{number}": values.to(dtype), f"a{number}": torch.ones(()).to(dtype)}
+    write_safetensors(tmp_path / "ours", tensors, {"format": "pt"})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs", {"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])

@@ -1,0 +1,74 @@
+"""What a student learns from, from the settings under ``distill.``: the teacher and the losses."""
+
+import torch
+
+from megaqad.commands.session import Session
+from megaqad.config import TEACHERS
+from megaqad.distillation.cache import HiddenCache, tokens_digest
+from megaqad.distillation.hidden import HiddenLoss
+from megaqad.distillation.teachers import CachedTeacher, LiveTeacher, SelfTeacher, Teacher
+from megaqad.identity import model_fingerprint, tokenizer_digest
+from megaqad.losses import Objective, build_objective
+from megaqad.models.causal_lm import CausalLM
+from megaqad.models.description import describe_model
+from megaqad.models.hf_reader import load_head
+from megaqad.runtime.agree import on_main
+
+
+def divergence_of(session: Session) -> Objective:
+    """The QAD loss on logits."""
+    distill = session.settings.distill
+    return build_objective(distill.loss or {"forward_kl": 1.0}, temperature=distill.temperature, beta=distill.beta)
+
+
+def teacher_of(session: Session, student: list[CausalLM]) -> Teacher:
+    """``distill.teacher``, behind ``distill.cache`` when there is one.
+
+    Collectives: of a teacher that is built, and ``on_main`` for a cache.
+
+    Raises:
+        UserError: a student that cannot be its own teacher; a cache of another teacher or other data.
+    """
+    settings = session.settings
+    if settings.distill.teacher == "self":
+        return SelfTeacher(student)
+    if settings.cache_dir is None:
+        return _live(session)
+    facts = on_main(lambda: _cache_facts(session))
+    cache = HiddenCache(settings.cache_dir, facts, session.context)
+    return CachedTeacher(cache, _head(session), lambda: _live(session), session.context)
+
+
+def _live(session: Session) -> Teacher:
+    distill = session.settings.distill
+    return LiveTeacher(session.teacher if distill.teacher in TEACHERS else session.frozen(session.settings.teacher_dir))
+
+
+def _cache_facts(session: Session) -> dict[str, str | int]:
+    settings = session.settings
+    return {
+        "teacher": model_fingerprint(settings.teacher_dir),
+        "tokenizer": tokenizer_digest(settings.model_dir),
+        "data": tokens_digest(session.data.train.tokens),
+        "sequence_length": settings.train.sequence_length,
+        "dtype": settings.runtime.dtype,
+    }
+
+
+def _head(session: Session) -> torch.Tensor | None:
+    """This rank's rows of the teacher's output head, read alone."""
+    context, teacher_dir = session.context, session.settings.teacher_dir
+    if not context.is_last_stage:
+        return None
+    rows = load_head(describe_model(teacher_dir), teacher_dir, context.tensor_rank, context.sizes.tensor, session.dtype)
+    return rows.to(context.device)
+
+
+def hidden_loss_of(session: Session, student: list[CausalLM], teacher: Teacher) -> HiddenLoss | None:
+    """The loss on hidden states, if one is asked for."""
+    hidden = session.settings.distill.hidden
+    if not hidden.weight:
+        return None
+    return HiddenLoss(
+        student, teacher.chunks, session.context, weight=hidden.weight, kind=hidden.kind, layers=hidden.layers
+    )

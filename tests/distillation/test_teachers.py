@@ -1,0 +1,175 @@
+"""Teachers: another checkpoint, a cache of hidden states, the student itself; and what each refuses."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megaqad.commands.session import Session
+from megaqad.config import load_settings
+from megaqad.distillation.forward import forward_hidden
+from megaqad.distillation.teachers import SelfTeacher
+from megaqad.errors import UserError
+from megaqad.quantization.layers import QuantizerMode
+from megaqad.quantization.state import quantized_linears
+from megaqad.runtime.parallel import shutdown_parallel
+from megaqad.training.logs import read_metrics
+from tests.distillation.runs import SMALL_RUN, train_curve
+from tests.models.checkpoints import make_checkpoint
+from tests.training.runs import differences, distill, losses, whole_tensors
+
+WIDE = {"hidden_size": 96, "num_hidden_layers": 8}
+LAYOUTS = {
+    "one rank": (1, ["quantization=nvfp4", "runtime.dtype=bfloat16"]),
+    "tensor 2, sequence, pipeline 2, interleaved": (
+        4,
+        [
+            "quantization=none",
+            "parallel.tensor=2",
+            "parallel.sequence=true",
+            "parallel.pipeline=2",
+            "parallel.virtual_pipeline=2",
+        ],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A student with 515 tokens, and another, wider and deeper teacher with the same."""
+    folder = tmp_path_factory.mktemp("models")
+    return make_checkpoint("llama", folder / "student"), make_checkpoint("llama", folder / "other", seed=5, **WIDE)
+
+
+def run_of(models, output, *overrides):
+    return [f"model={models[0]}", f"output_dir={output}", "train.steps=3", *overrides]
+
+
+def without_teacher(rank: int, world_size: int, overrides: list[str], train=train_curve):
+    """Train; loading a whole frozen model would be a defect."""
+
+    def never(*_):
+        raise AssertionError("the teacher's layers were loaded")
+
+    kept, Session.frozen = Session.frozen, never
+    try:
+        return train(rank, world_size, overrides)
+    finally:
+        Session.frozen = kept
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_from_the_cache_as_from_the_teacher_bit_for_bit(models, run_ranks, tmp_path, layout):
+    ranks, sizes = LAYOUTS[layout]
+    teacher, cached = f"distill.teacher={models[1]}", f"distill.cache={tmp_path / 'cache'}"
+    live = run_ranks(ranks, train_curve, run_of(models, tmp_path / "live", teacher, *sizes))[0]
+    made = run_ranks(ranks, train_curve, run_of(models, tmp_path / "made", teacher, cached, *sizes))[0]
+    read = run_ranks(ranks, without_teacher, run_of(models, tmp_path / "read", teacher, cached, *sizes))[0]
+    assert torch.equal(losses(made), losses(live))
+    assert torch.equal(losses(read), losses(live))
+    trained = [whole_tensors(tmp_path / name / "checkpoints" / "step_00000003") for name in ("live", "made", "read")]
+    assert differences(trained[0], trained[1]) == []
+    assert differences(trained[0], trained[2]) == []
+
+
+def test_a_cache_fits_every_layout_and_mends_itself(models, run_ranks, tmp_path):
+    options = ["quantization=none", f"distill.teacher={models[1]}", f"distill.cache={tmp_path / 'cache'}"]
+    expected = run_ranks(1, train_curve, run_of(models, tmp_path / "one", *options))[0]
+    assert not list(tmp_path.glob("cache/*/.*")), "no file half written"
+    ranks, sizes = LAYOUTS["tensor 2, sequence, pipeline 2, interleaved"]
+    overrides = [*options, *sizes, "train.micro_batch_size=1"]
+    found = run_ranks(ranks, without_teacher, run_of(models, tmp_path / "four", *overrides))[0]
+    assert losses(found).tolist() == pytest.approx(losses(expected).tolist(), rel=1e-4)
+    first, second, *_ = sorted(tmp_path.glob("cache/*/*.safetensors"))
+    content = first.read_bytes()
+    first.unlink()
+    again = run_ranks(1, train_curve, run_of(models, tmp_path / "again", *options))[0]
+    assert torch.equal(losses(again), losses(expected))
+    assert first.read_bytes() == content
+    second.write_bytes(second.read_bytes()[:-1])
+    message = run_ranks(1, distill, [*SMALL_RUN, *run_of(models, tmp_path / "damaged", *options)])[0]
+    assert f"{second} of distill.cache is damaged" in message
+    assert "\n" not in message
+
+
+def test_the_original_model_cached_in_the_run(models, run_ranks, tmp_path):
+    """Quantized, so that there is something to learn from the original; a second start goes on from the cache."""
+    options = ["quantization=nvfp4", "data.max_train_tokens=257"]
+    live = run_ranks(1, train_curve, run_of(models, tmp_path / "live", *options))[0]
+    first = run_of(models, tmp_path / "run", *options, "distill.teacher=cached", "checkpoint.every=1")
+    assert run_ranks(1, distill, [*SMALL_RUN, *first]) == [None]
+    assert len(list((tmp_path / "run" / "teacher_cache").glob("*/*.safetensors"))) == 8
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:08d}", ignore_errors=True)
+    assert run_ranks(1, without_teacher, [*SMALL_RUN, *first], distill) == [None]
+    assert torch.equal(losses(read_metrics(tmp_path / "run" / "metrics.jsonl")), losses(live))
+
+
+def test_a_cache_of_something_else_is_refused(models, run_ranks, tmp_path):
+    options = ["quantization=none", "train.steps=1", f"distill.cache={tmp_path / 'cache'}"]
+    assert run_ranks(1, distill, [*SMALL_RUN, *run_of(models, tmp_path / "one", *options)])[0] is None
+    for name, change, said in (
+        ("data", "data.max_train_tokens=290", "other data (the training tokens differ)"),
+        ("teacher", f"distill.teacher={models[1]}", "another teacher"),
+        ("length", "train.sequence_length=16", "sequence_length=32, this run has 16"),
+        ("dtype", "runtime.dtype=bfloat16", "dtype=float32, this run has bfloat16"),
+        ("place", f"distill.cache={models[0]}", "is not empty and holds no teacher_cache.json"),
+    ):
+        overrides = [*SMALL_RUN, *run_of(models, tmp_path / name, *options, change)]
+        messages = run_ranks(2, distill, overrides)
+        assert messages[0] == messages[1]
+        assert said in messages[0]
+        assert "\n" not in messages[0]
+
+
+def self_teacher(rank: int, world_size: int, overrides: list[str]) -> list[str]:
+    """What a student that is its own teacher gets wrong."""
+    session = Session.start(load_settings([*SMALL_RUN, *overrides]))
+    wrong = []
+    try:
+        student = session.calibrated_student()
+        tokens = [torch.arange(32).view(2, 16)] * 2
+        try:
+            SelfTeacher(student)
+            wrong.append("trained weights are accepted")
+        except UserError as error:
+            if "distill.teacher=self" not in str(error) or "is trained" not in str(error):
+                wrong.append(str(error))
+        for chunk in student:
+            chunk.requires_grad_(False)
+        teacher = SelfTeacher(student)
+        quantized, own = forward_hidden(student, tokens), teacher.last_hidden(tokens)
+        for ours, original, noisy in zip(own, forward_hidden(session.teacher, tokens), quantized, strict=True):
+            if not torch.equal(ours, original) or torch.equal(ours, noisy):
+                wrong.append("its hidden states are not the original's")
+        if session.context.is_last_stage:
+            if not torch.equal(teacher.head_weight(), session.teacher[-1].head_weight()):
+                wrong.append("its head is not the original's")
+            if teacher.head_weight().data_ptr() != student[-1].head_weight().data_ptr():
+                wrong.append("its head is a copy")
+        if any(layer.mode is not QuantizerMode.ON for layer in quantized_linears(student)):
+            wrong.append("its quantizers stay off")
+        return wrong
+    finally:
+        shutdown_parallel()
+
+
+@pytest.mark.parametrize("sizes", [[], ["parallel.pipeline=2"]])
+def test_a_student_that_is_its_own_teacher(models, run_ranks, tmp_path, sizes):
+    ranks = run_ranks(1 + len(sizes), self_teacher, run_of(models, tmp_path, *sizes))
+    assert ranks == [[]] * len(ranks)
+
+
+@pytest.mark.parametrize("sizes", [["parallel.pipeline=2"], ["parallel.tensor=2", "parallel.sequence=true"]])
+def test_nan_of_the_teacher_is_named(models, run_ranks, tmp_path, sizes):
+    broken = shutil.copytree(models[1], tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.embed_tokens.weight"][300] = torch.nan  # one token, in some sequence from some position on
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    overrides = run_of(models, tmp_path / "run", f"distill.teacher={broken}", "quantization=none", *sizes)
+    messages = run_ranks(2, distill, [*SMALL_RUN, *overrides, "data.max_train_tokens=4000"])
+    assert messages[0] == messages[1]
+    for words in ("teacher's logits are not finite: microbatch", "of step", "rank", "sequence", "tokens"):
+        assert words in messages[0]
+    assert "\n" not in messages[0]
