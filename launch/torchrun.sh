@@ -42,8 +42,10 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 MEGAQAD_OUTCOME=$(mktemp)
 export MEGAQAD_OUTCOME
 trap 'rm -f "$MEGAQAD_OUTCOME"' EXIT
+# MEGAQAD_ATTEMPT keeps a restart from meeting the addresses of the ranks before, which torchrun's store still holds.
 # shellcheck disable=SC2016
-rank='setpriv --pdeathsig KILL "$@"
+rank='export MEGAQAD_ATTEMPT=$TORCHELASTIC_RESTART_COUNT
+setpriv --pdeathsig KILL "$@"
 code=$?
 case $code in
   2 | 3) echo "$code" >"$MEGAQAD_OUTCOME"; exit 0 ;;

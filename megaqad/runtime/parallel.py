@@ -16,12 +16,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.rendezvous import rendezvous
 
 from megaqad.errors import UserError
 from megaqad.runtime.cpu import enable_cpu_device
 from megaqad.runtime.sizes import ParallelSizes
 
 __all__ = ["ParallelContext", "ParallelSizes", "initialize_parallel", "join_ranks", "parallel", "shutdown_parallel"]
+
+ATTEMPT_VARIABLE = "MEGAQAD_ATTEMPT"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +112,28 @@ def join_ranks(timeout_minutes: float = 30.0) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     alone = "RANK" not in os.environ
+    rank, world_size = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    timeout = datetime.timedelta(minutes=timeout_minutes)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.HashStore() if alone else None,
-        rank=0 if alone else int(os.environ["RANK"]),
-        world_size=1 if alone else int(os.environ["WORLD_SIZE"]),
-        timeout=datetime.timedelta(minutes=timeout_minutes),
+        store=dist.HashStore() if alone else _shared_store(rank, world_size, timeout),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
     )
+
+
+def _shared_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    """Where the ranks find one another's addresses: at MASTER_ADDR, under the number of torchrun's attempt.
+
+    torchrun's static rendezvous keeps one store through all its restarts, and the addresses of the dead ranks in it.
+    Its other rendezvous makes a new store every time, and its agents may count restarts differently: so the number is
+    used only where one agent counts for all, or where ``launch/torchrun.sh`` vouches for it.
+    """
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    one_agent = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT" if one_agent else ATTEMPT_VARIABLE)
+    return store if attempt is None else dist.PrefixStore(f"attempt_{attempt}", store)
 
 
 def initialize_parallel(sizes: ParallelSizes, *, seed: int = 0) -> ParallelContext:
