@@ -148,7 +148,7 @@ SETTINGS = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda one: f"{one.calibration}-{one.weight_scales}")
 def test_exported_bytes(settings, model, run_ranks, tmp_path):
     """Tensor 2 x pipeline 2 writes one rank's bytes, and they are the values that the student computes with."""
-    from megaqad.export.dequantizer import read_weight
+    from megaqad.export.dequantizer import read_nvfp4
     from megaqad.runtime.sizes import ParallelSizes
 
     files = []
@@ -161,7 +161,7 @@ def test_exported_bytes(settings, model, run_ranks, tmp_path):
             assert len(used) >= 4
             for name, value in used.items():
                 parts = (files[0][f"{name}.{part}"] for part in ("weight", "weight_scale", "weight_scale_2"))
-                assert torch.equal(read_weight(*parts), value), name
+                assert torch.equal(read_nvfp4(*parts), value), name
     one, many = files
     assert one.keys() == many.keys()
     for name, tensor in one.items():
