@@ -159,7 +159,7 @@ class QuantizationSettings:
             )
         if (self.calibration, self.weight_scales) != ("max", "refreshed") and self.weights not in ("nvfp4", "none"):
             raise UserError(
-                f"quantization.calibration={self.calibration} with quantization.weight_scales={self.weight_scales} is for "
+                f"quantization.calibration={self.calibration}, weight_scales={self.weight_scales} is for "
                 f"NVFP4 weights, not quantization.weights={self.weights}: leave both out"
             )
         if self.scale_lr is not None and not self.scale_lr > 0:
