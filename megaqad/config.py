@@ -26,6 +26,7 @@ from megaqad.distill_settings import TEACHERS, DistillSettings, check_teacher
 from megaqad.errors import UserError
 from megaqad.models.checks import check_checkpoint, check_layout, check_sequence_length
 from megaqad.models.description import ModelDescription, describe_model
+from megaqad.models.trainable import check_trainable
 from megaqad.quantization.backend import check_backend
 from megaqad.quantization.modelopt_recipe import is_modelopt_recipe, translate
 from megaqad.quantization.recipe import recipe_for
@@ -95,6 +96,9 @@ class TrainSettings:
     """Adam's first moment."""
     adam_beta2: float = 0.95
     """Adam's second moment."""
+    trainable: list[str] = field(default_factory=lambda: ["*"])
+    """What trains, shell-style patterns on Hugging Face names of tensors or modules; the rest stays as it is. Learned
+    scales are ``<module>.weight_scale``, ``scales`` means all of them (``[scales]``: scale-only training)."""
     recompute: bool = False
     """Recompute each layer's activations in the backward pass instead of keeping them."""
     stop_after: str | None = None
@@ -377,8 +381,10 @@ def check_settings(command: str, settings: Settings) -> ModelDescription:
     check_layout(description, settings.sizes)
     if command != "pretrain":
         check_checkpoint(description, settings.model_dir)
-    recipe_for(settings.quantization, description, settings.sizes.tensor)
+    recipe = recipe_for(settings.quantization, description, settings.sizes.tensor)
     check_backend(settings.quantization, settings.runtime.dtype)
+    learned = recipe.quantized_modules() if settings.quantization.weight_scales == "learned" else []
+    check_trainable(description, settings.train.trainable, learned)
     if reads_data:
         check_sequence_length(description, settings.train.sequence_length, settings.sizes)
         _check_batches(settings)

@@ -20,6 +20,7 @@ from megaqad.quantization.state import refresh_weights, round_to_export_dtype, s
 from megaqad.runtime.agree import on_main
 from megaqad.runtime.files import write_text_whole
 from megaqad.training.checkpoint import STATE_FILE, CheckpointState, damage, layout_of, read_state
+from megaqad.training.freezing import freeze
 from megaqad.training.optimizer import build_optimizer, wrap_for_training
 from megaqad.training.position import Position
 from megaqad.training.run import TrainingRun
@@ -96,6 +97,7 @@ def train_student(session: Session, run_dir: Path, objective: Objective) -> list
     """
     settings = session.settings
     student = ptq_student(session)
+    freeze(student, session.description, settings.train.trainable)
     wrapped = wrap_for_training(student)
     optimizer, scheduler = build_optimizer(
         wrapped, settings.train, session.dtype, scale_lr=settings.quantization.scale_lr or SCALE_LR

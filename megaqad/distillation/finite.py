@@ -78,7 +78,8 @@ class FiniteWatch:
         Collectives: one all-reduce of one number over all ranks; one gather more when something is wrong.
         """
         norms = [torch.linalg.vector_norm(data) for data in self._gradient_buffers()]
-        looked_at = torch.stack([*norms, *(loss.float().reshape(()) for loss in losses)])
+        numbers = [*norms, *(loss.float().reshape(()) for loss in losses)]
+        looked_at = torch.stack(numbers or [torch.zeros((), device=self._context.device)])  # a frozen stage has none
         bad = torch.logical_not(looked_at.abs() < LARGEST_NORM).any().to(torch.int32)  # NaN compares false
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         return self._locate(losses, norms) if bad.item() else None

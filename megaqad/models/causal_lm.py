@@ -89,6 +89,10 @@ class CausalLM(GPTModel):
             [s / tp, b, h] under sequence parallelism. Collectives: those of Megatron's parallel layers.
         """
         hidden = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
+        if hidden is not None and torch.is_grad_enabled() and not hidden.requires_grad:
+            # A frozen embedding: recomputation gives gradients only to what an input with gradient goes through, and a
+            # stage with nothing to train must still have an output that the schedule can go backward from.
+            hidden.requires_grad_()
         hidden = self.decoder(
             hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.rotary_pos_emb(tokens.shape[1])
         )

@@ -122,12 +122,15 @@ class TrainingRun:
         return state.position
 
     def _save(self, position: Position, validation_kl: float | None) -> None:
+        """Collective: one maximum, since a rank with nothing to train has counted no updates."""
         assert self._saver is not None
+        updates = torch.tensor([updates_done(self.step.optimizer)], device=device_of_group())
+        dist.all_reduce(updates, op=dist.ReduceOp.MAX)
         state = CheckpointState(
             position=position,
             fingerprint=self.fingerprint,
             layout=layout_of(self.context),
-            updates=updates_done(self.step.optimizer),
+            updates=int(updates.item()),
             validation_kl=validation_kl,
             settings=asdict(self.settings),
         )
