@@ -89,7 +89,7 @@ def test_percentile_counts_exactly():
 def exported(rank, world, folder, sizes, options):
     """Calibrate, maybe spoil the weights, export; what the forward pass multiplied with, by module name."""
     from megaqad.distillation.forward import forward_hidden
-    from megaqad.export.modelopt import export_modelopt
+    from megaqad.export.modelopt import Quantization, export_modelopt
     from megaqad.models.build import build_model, transformer_config
     from megaqad.models.description import describe_model
     from megaqad.models.hf_reader import load_weights
@@ -119,8 +119,7 @@ def exported(rank, world, folder, sizes, options):
             context,
             options["output_dir"],
             model_dir=folder,
-            modules=recipe.quantized_modules(),
-            input_amax=input_amaxes(chunks),
+            quantization=Quantization(recipe.formats, input_amaxes(chunks)),
         )
         if world == 1:
             return {
