@@ -29,7 +29,7 @@ from megaqad.models.description import ModelDescription, describe_model
 from megaqad.models.trainable import check_trainable
 from megaqad.quantization.backend import check_backend
 from megaqad.quantization.modelopt_recipe import is_modelopt_recipe, translate
-from megaqad.quantization.recipe import recipe_for
+from megaqad.quantization.recipe import HEAD, recipe_for
 from megaqad.quantization.settings import QuantizationSettings, suggestion
 from megaqad.runtime.duration import seconds_of
 from megaqad.runtime.sizes import ParallelSizes
@@ -384,7 +384,7 @@ def check_settings(command: str, settings: Settings) -> ModelDescription:
     recipe = recipe_for(settings.quantization, description, settings.sizes.tensor)
     check_backend(settings.quantization, settings.runtime.dtype)
     learned = recipe.quantized_modules() if settings.quantization.weight_scales == "learned" else []
-    check_trainable(description, settings.train.trainable, learned)
+    check_trainable(description, settings.train.trainable, [name for name in learned if name != HEAD])
     if reads_data:
         check_sequence_length(description, settings.train.sequence_length, settings.sizes)
         _check_batches(settings)

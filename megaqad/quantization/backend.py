@@ -44,6 +44,11 @@ def check_backend(settings: QuantizationSettings, dtype: str) -> None:
             f"{asked} takes scales from the largest weights, not quantization.calibration={settings.calibration} with "
             f"quantization.weight_scales={settings.weight_scales}: {instead}"
         )
+    if settings.activation_percentile != 100:
+        raise UserError(
+            f"{asked} takes input scales from the inputs at hand, not quantization.activation_percentile="
+            f"{settings.activation_percentile}: {instead}"
+        )
     if dtype != "bfloat16":
         raise UserError(
             f"{asked} quantizes weights as they are, while the export rounds them to BF16 first, so runtime.dtype="
