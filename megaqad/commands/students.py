@@ -102,8 +102,9 @@ def train_student(session: Session, run_dir: Path, objective: Objective) -> list
     optimizer, scheduler = build_optimizer(
         wrapped, settings.train, session.dtype, scale_lr=settings.quantization.scale_lr or SCALE_LR
     )
-    teaches = objective is Objective.QAD and divergence_of(session).needs_teacher
-    teacher = teacher_of(session, student) if teaches or settings.distill.hidden.weight else None
+    divergence = divergence_of(session)
+    teaches = objective is Objective.QAD and (divergence.needs_teacher or settings.distill.hidden.weight > 0)
+    teacher = teacher_of(session, student) if teaches else None
     evaluators: list[Evaluator] = []  # made on first use: it loads the original model, which a cached teacher spares
 
     def validate(advance: Callable[[], None]) -> dict[str, float]:
@@ -126,7 +127,7 @@ def train_student(session: Session, run_dir: Path, objective: Objective) -> list
             session.context,
             objective=objective,
             teacher=teacher,
-            divergence=divergence_of(session),
+            divergence=divergence,
             hidden=hidden_loss_of(session, student, teacher) if teacher is not None else None,
         ),
         data=session.data.train,

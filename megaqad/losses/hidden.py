@@ -39,17 +39,12 @@ def hidden_cosine(
     FP32. Raises ValueError for shapes that do not fit.
     """
     ranks = group_size(group) if sequence_parallel else 1
-    tokens = token_weights.shape[0]
     if student_hidden.ndim != 2 or student_hidden.shape != teacher_hidden.shape:
         raise ValueError(
             f"hidden states of student {tuple(student_hidden.shape)} and teacher {tuple(teacher_hidden.shape)} must be "
             "the same [tokens, hidden]; project the student's onto the teacher's size first"
         )
-    if student_hidden.shape[0] * ranks != tokens:
-        raise ValueError(
-            f"hidden states hold {student_hidden.shape[0]} tokens on each of {ranks} ranks, token_weights {tokens}"
-        )
-    weights = token_weights.detach().chunk(ranks)[group_rank(group)] if ranks > 1 else token_weights.detach()
+    weights = _own_weights(token_weights, student_hidden.shape[0], ranks, group)
     active = torch.nonzero(weights).squeeze(-1)
     distance = 1 - F.cosine_similarity(student_hidden[active].float(), teacher_hidden.detach()[active].float(), dim=-1)
     loss = (distance * weights[active]).sum().float()
@@ -60,6 +55,14 @@ def hidden_cosine(
         loss = loss + (others - loss.detach())
     everyone = torch.zeros(weights.shape[0], dtype=torch.float32, device=weights.device)
     return loss, everyone.index_copy(0, active, distance.detach())
+
+
+def _own_weights(token_weights: Tensor, count: int, ranks: int, group: Group) -> Tensor:
+    """The weights [count] of this rank's tokens, from those of all [count * ranks]; ValueError if they do not fit."""
+    tokens = token_weights.shape[0]
+    if count * ranks != tokens:
+        raise ValueError(f"hidden states hold {count} tokens on each of {ranks} ranks, token_weights {tokens}")
+    return token_weights.detach().chunk(ranks)[group_rank(group)] if ranks > 1 else token_weights.detach()
 
 
 def hidden_cka(
@@ -83,17 +86,12 @@ def hidden_cka(
     that do not fit.
     """
     ranks = group_size(group) if sequence_parallel else 1
-    count = student_hidden.shape[0]
-    if student_hidden.ndim != 2 or teacher_hidden.ndim != 2 or count != teacher_hidden.shape[0]:
+    if student_hidden.ndim != 2 or teacher_hidden.ndim != 2 or student_hidden.shape[0] != teacher_hidden.shape[0]:
         raise ValueError(
             f"hidden states of student {tuple(student_hidden.shape)} and teacher {tuple(teacher_hidden.shape)} must be "
             "[tokens, hidden] of the same tokens"
         )
-    if count * ranks != token_weights.shape[0]:
-        raise ValueError(
-            f"hidden states hold {count} tokens on each of {ranks} ranks, token_weights {token_weights.shape[0]}"
-        )
-    weights = token_weights.detach().chunk(ranks)[group_rank(group)] if ranks > 1 else token_weights.detach()
+    weights = _own_weights(token_weights, student_hidden.shape[0], ranks, group)
     total = float(token_weights.double().sum())
     shared = group if sequence_parallel else None
     loss: Tensor = _LinearCKA.apply(student_hidden, teacher_hidden.detach(), weights.float(), total, shared)

@@ -196,21 +196,18 @@ def calibrate(chunks: Sequence[torch.nn.Module], context: ParallelContext, run_f
 def calibrated(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, Tensor]]:
     """What each calibrated maximum on this rank is of, in words, and the float32 [] buffer that holds it."""
     inputs = [(f"input at {layer.site.hf_modules[0]}", layer.input_amax) for layer in quantized_linears(chunks)]
-    caches = [
-        (f"output at {name}", amax)
-        for cache in quantized_caches(chunks)
-        for name, amax in zip(cache.hf_modules, (cache.key_amax, cache.value_amax), strict=True)
-    ]
-    return inputs + caches
+    return inputs + [(f"output at {name}", amax) for name, amax in _cache_buffers(chunks)]
 
 
 def cache_amaxes(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
     """Calibrated largest key by ``k_proj`` module name and value by ``v_proj``'s, for the layers on this rank."""
-    return {
-        name: amax.item()
-        for cache in quantized_caches(chunks)
-        for name, amax in zip(cache.hf_modules, (cache.key_amax, cache.value_amax), strict=True)
-    }
+    return {name: amax.item() for name, amax in _cache_buffers(chunks)}
+
+
+def _cache_buffers(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """(module whose outputs it is of, float32 [] buffer) of every calibrated largest key and value on this rank."""
+    for cache in quantized_caches(chunks):
+        yield from zip(cache.hf_modules, (cache.key_amax, cache.value_amax), strict=True)
 
 
 def _apply_percentile(layer: QuantizedLinear, context: ParallelContext) -> None:
