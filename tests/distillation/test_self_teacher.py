@@ -38,7 +38,6 @@ CASES = {
             "distill.loss={jsd:1,cross_entropy:0.1}",
         ],
     ),
-    "tensor 2 x pipeline 2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "tensor 2 x pipeline 2, sequence, interleaved": (
         4,
         ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
