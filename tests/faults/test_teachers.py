@@ -1,4 +1,4 @@
-"""Teachers that cannot teach, through the command line on two ranks: one line that says which and where, exit code 2."""
+"""Teachers that cannot teach, on two ranks of the real command: one line that says which and where, exit code 2."""
 
 import re
 import shutil
