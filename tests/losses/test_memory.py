@@ -73,13 +73,15 @@ def test_beside_the_logits_only_the_gradient_grows(impl: str) -> None:
     assert kl_peak(512, 32000, impl, inplace=False) <= 2.05 * 512 * 32000 + constant
 
 
-def problem(tokens: int, vocabulary: int, hidden: int) -> list[Tensor]:
+def problem(tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     draw = torch.Generator().manual_seed(0)
-    return [torch.randn(rows, hidden, generator=draw) for rows in (tokens, vocabulary, tokens, vocabulary)]
+    return [torch.randn(rows, hidden, generator=draw).to(dtype) for rows in (tokens, vocabulary, tokens, vocabulary)]
 
 
-def linear_peak(tokens: int, vocabulary: int, impl: str, *, train: bool = True) -> int:
-    hidden_s, head_s, hidden_t, head_t = problem(tokens, vocabulary, 16)
+def linear_peak(
+    tokens: int, vocabulary: int, impl: str, *, train: bool = True, dtype: torch.dtype = torch.float32
+) -> int:
+    hidden_s, head_s, hidden_t, head_t = problem(tokens, vocabulary, 16, dtype)
     hidden_s.requires_grad_(train)
     head_s.requires_grad_(train)
     weights = torch.full((tokens,), 1 / tokens)
@@ -93,14 +95,21 @@ def linear_peak(tokens: int, vocabulary: int, impl: str, *, train: bool = True) 
 
 
 @pytest.mark.parametrize(
-    ("impl", "vocabulary"), [("torch", 4000), pytest.param(*NATIVE.values, 32000, marks=NATIVE.marks)]
+    ("impl", "vocabulary", "dtype"),
+    [
+        ("torch", 4000, torch.float32),
+        pytest.param(*NATIVE.values, 32000, torch.float32, marks=NATIVE.marks),
+        pytest.param(*NATIVE.values, 32000, torch.bfloat16, marks=NATIVE.marks),
+    ],
 )
-def test_linear_kl_needs_two_chunks_and_is_flat_in_tokens(impl: str, vocabulary: int, monkeypatch) -> None:
+def test_linear_kl_needs_two_chunks_and_is_flat_in_tokens(
+    impl: str, vocabulary: int, dtype: torch.dtype, monkeypatch
+) -> None:
     monkeypatch.setattr(inputs, "_CPU_BUDGET", 2 * 512 * 32000 * 4)  # so that 32000 columns are the smallest chunk
     monkeypatch.setattr(inputs, "_LARGEST_CHUNK", 512)
     hidden = 16
     two_chunks, gradients = 2 * 512 * vocabulary * 4, 2 * (vocabulary + 4096) * hidden * 4
-    peaks = {tokens: linear_peak(tokens, vocabulary, impl) for tokens in (1024, 2048)}
+    peaks = {tokens: linear_peak(tokens, vocabulary, impl, dtype=dtype) for tokens in (1024, 2048)}
     per_token = (peaks[2048] - peaks[1024]) / 1024
     assert per_token <= 8 * hidden * 4 + 64, "hidden states and their gradient, nothing of the vocabulary's size"
     assert max(peaks.values()) <= two_chunks + gradients + 16 * MB
