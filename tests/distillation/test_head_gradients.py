@@ -23,14 +23,15 @@ from tests.distillation.test_gradients import KEEPS_GRADIENTS, batches
 from tests.losses.oracle import dense_kl, relative_error
 from tests.models.checkpoints import make_checkpoint
 
+ONE, TENSOR_2 = (1, []), (2, ["parallel.tensor=2"])
+SEQUENCE_AND_STAGES = (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"])
 CASES = {
-    "quantized": ("qwen3", ["quantization=nvfp4", "quantization.include=[lm_head]", "quantization.exclude=[]"]),
-    "tied": ("qwen2", ["quantization=none"]),
-}
-LAYOUTS = {
-    "one": (1, []),
-    "tensor 2": (2, ["parallel.tensor=2"]),
-    "tensor 2 x pipeline 2, sequence": (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"]),
+    "quantized": (
+        "qwen3",
+        ["quantization=nvfp4", "quantization.include=[lm_head]", "quantization.exclude=[]"],
+        [ONE, TENSOR_2, SEQUENCE_AND_STAGES],
+    ),
+    "tied": ("qwen2", ["quantization=none"], [TENSOR_2, SEQUENCE_AND_STAGES]),
 }
 
 
@@ -116,18 +117,18 @@ def true_gradients(rank: int, world_size: int, overrides: list[str], amax: Tenso
 
 @pytest.mark.parametrize("case", CASES)
 def test_head_and_hidden_gradients(run_ranks, tmp_path, case):
-    family, overrides = CASES[case]
+    family, overrides, layouts = CASES[case]
     model = make_checkpoint(family, tmp_path / "model", dtype=torch.bfloat16)
     teacher = make_checkpoint(family, tmp_path / "teacher", seed=3)
     arguments = [f"model={model}", f"distill.teacher={teacher}", f"output_dir={tmp_path / 'run'}", *overrides]
     truth = None
-    for layout, (ranks, sizes) in LAYOUTS.items():
+    for ranks, sizes in layouts:
         found = [one for one in run_ranks(ranks, trained_gradients, [*arguments, *sizes]) if one is not None]
         truth = truth or run_ranks(1, true_gradients, arguments, found[0].amax)[0]
-        assert relative_error(torch.cat([one.head for one in found]), truth.head) <= 1e-4, layout
+        assert relative_error(torch.cat([one.head for one in found]), truth.head) <= 1e-4, sizes
         for index, expected in enumerate(truth.hidden):
             parts = [one.hidden[index] for one in found]
-            for part in [torch.cat(parts)] if "sequence" in layout else parts:
-                assert relative_error(part, expected) <= 1e-4, layout
+            for part in [torch.cat(parts)] if "parallel.sequence=true" in sizes else parts:
+                assert relative_error(part, expected) <= 1e-4, sizes
         for one in found:
-            assert relative_error(one.norm, truth.norm) <= 1e-4, layout
+            assert relative_error(one.norm, truth.norm) <= 1e-4, sizes

@@ -74,11 +74,10 @@ def test_from_the_cache_as_from_the_teacher_bit_for_bit(models, run_ranks, tmp_p
 
 
 OTHER_LAYOUTS = {
-    "written by one rank, read by pipeline 2, interleaved": (
+    "written by one rank, read by pipeline 2 x data 2, interleaved": (
         (1, []),
-        (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+        (4, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.data=2"]),
     ),
-    "written by pipeline 2, read by data 2": ((2, ["parallel.pipeline=2"]), (2, ["parallel.data=2"])),
     "written by tensor 2, read by tensor 2 x pipeline 2, sequence": (
         (2, ["parallel.tensor=2"]),
         (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"]),

@@ -5,6 +5,7 @@ another after the update. And nothing else reads the weights meanwhile: with NaN
 forward until after the last backward, the same bits are trained.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -25,7 +26,6 @@ from tests.models.checkpoints import make_checkpoint
 
 STEPS, MICRO_BATCHES = 2, 4
 CASES = {
-    "one rank": (1, []),
     "recomputed in BF16": (1, ["train.recompute=true", "runtime.dtype=bfloat16"]),
     "tensor 2 x pipeline 2, interleaved": (
         4,
@@ -65,46 +65,58 @@ def hide_until_the_last_gradient(student: list[CausalLM]) -> None:
     config.finalize_model_grads_func = restore_and_finish
 
 
-def train(rank: int, world_size: int, overrides: list[str], hides: bool) -> tuple[list[float], list[Tensor], list[str]]:
-    """Losses, what is trained on this rank, and which layers multiplied with more or fewer tensors than one a step."""
-    settings = load_settings([*SMALL_RUN, "quantization=nvfp4", "quantization.exclude=[]", *overrides])
-    session = Session.start(settings)
+@dataclass(frozen=True)
+class Trained:
+    losses: list[float]
+    parameters: list[Tensor]
+    """Of this rank's first chunk."""
+    wrong: list[str]
+    """Layers that have multiplied with more tensors, or with fewer, than one a step."""
+
+
+def train(rank: int, world_size: int, overrides: list[str]) -> list[Trained]:
+    """With the weights hidden, and as always."""
+    session = Session.start(
+        load_settings([*SMALL_RUN, "quantization=nvfp4", "quantization.exclude=[]", "train.warmup_steps=0", *overrides])
+    )
     try:
-        student = session.calibrated_student()
-        wrapped = wrap_for_training(student)
-        step = DistillationStep(
-            wrapped,
-            *build_optimizer(wrapped, settings.train, session.dtype),
-            session.context,
-            objective=Objective.QAD,
-            teacher=teacher_of(session, student),
-            divergence=divergence_of(session),
-        )
-        layers = list(quantized_linears(student))
-        used: list[list[Tensor]] = [[] for _ in layers]  # the tensors themselves: an address may be used again
-        for layer, found in zip(layers, used, strict=True):
-            layer.register_forward_pre_hook(lambda one, _, found=found: found.append(one.quantized_weight))
-        losses, wrong = [], []
-        for index in range(STEPS):
-            if hides:
-                hide_until_the_last_gradient(student)
-            losses.append(step(batches(session.description.vocab_size, index)).loss)
-            for layer, found in zip(layers, used, strict=True):
-                if len(found) < MICRO_BATCHES * (index + 1) or len({id(one) for one in found}) != index + 1:
-                    wrong.append(layer.site.hf_modules[0])
-        return losses, [parameter.detach().clone() for parameter in student[0].parameters()], wrong
+        return [train_one(session, hides) for hides in (True, False)]
     finally:
         shutdown_parallel()
+
+
+def train_one(session: Session, hides: bool) -> Trained:
+    student = session.calibrated_student()
+    wrapped = wrap_for_training(student)
+    step = DistillationStep(
+        wrapped,
+        *build_optimizer(wrapped, session.settings.train, session.dtype),
+        session.context,
+        objective=Objective.QAD,
+        teacher=teacher_of(session, student),
+        divergence=divergence_of(session),
+    )
+    layers = list(quantized_linears(student))
+    used: list[list[Tensor]] = [[] for _ in layers]  # the tensors themselves: an address may be used again
+    for layer, found in zip(layers, used, strict=True):
+        layer.register_forward_pre_hook(lambda one, _, found=found: found.append(one.quantized_weight))
+    losses, wrong = [], []
+    for index in range(STEPS):
+        if hides:
+            hide_until_the_last_gradient(student)
+        losses.append(step(batches(session.description.vocab_size, index)).loss)
+        for layer, found in zip(layers, used, strict=True):
+            if len(found) < MICRO_BATCHES * (index + 1) or len({id(one) for one in found}) != index + 1:
+                wrong.append(layer.site.hf_modules[0])
+    return Trained(losses, [one.detach().clone() for one in student[0].parameters()], wrong)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_once_per_optimizer_step(run_ranks, tmp_path, case):
     ranks, sizes = CASES[case]
     model = make_checkpoint("qwen3", tmp_path / "model")
-    arguments = [f"model={model}", f"output_dir={tmp_path / 'run'}", "train.warmup_steps=0", *sizes]
-    hidden, plain = (run_ranks(ranks, train, arguments, hides) for hides in (True, False))
-    for (losses, trained, wrong), (expected_losses, expected, _) in zip(hidden, plain, strict=True):
-        assert wrong == []
-        assert losses == expected_losses
-        assert 0 < losses[-1] < 100
-        assert all(torch.equal(one, other) for one, other in zip(trained, expected, strict=True))
+    for hidden, plain in run_ranks(ranks, train, [f"model={model}", f"output_dir={tmp_path / 'run'}", *sizes]):
+        assert hidden.wrong == plain.wrong == []
+        assert hidden.losses == plain.losses
+        assert 0 < hidden.losses[-1] < 100
+        assert all(torch.equal(one, other) for one, other in zip(hidden.parameters, plain.parameters, strict=True))
