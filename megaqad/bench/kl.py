@@ -11,7 +11,7 @@ Three operations, each on random models whose student is near its teacher:
 Contestants: `megaqad` (what `impl="auto"` takes), its PyTorch kernel (`megaqad_torch`), its reference; `plain`, that is
 `F.kl_div` of two FP32 `log_softmax`; ModelOpt's `LogitsKLLoss`, fed by a BF16 head as Megatron-Core's output layer
 feeds it; Liger's chunked loss where it is installed; for `heads` also the four matrix products alone, in the given
-type (`products`) and in FP32 (`products_fp32`), in which the CPU has to run them for FP32 logits.
+type (`products`) and in FP32 (`products_fp32`), which is what a CPU without BF16 instructions has to run.
 
 Contestants take turns, every round running each once, so that a machine that slows down does so for all; medians are
 reported. On CPU ratios depend on the allocator by 5 to 20 times: with

@@ -4,9 +4,9 @@ Why FP32 results: rounding a logit of 16 to BF16 moves it by up to 0.06, which i
 student and its teacher late in distillation; the KL gradient is then 20-70 % noise. An accumulator is FP32 anyway, so
 keeping its result costs memory for one chunk and nothing else.
 
-On CUDA cuBLAS writes FP32 results directly. PyTorch's own CPU products cannot, but the MKL inside its x86 library can
-(mkl.py). Where there is neither, the head is widened to FP32 a few thousand rows at a time: on a processor with BF16
-units that takes four to five times as long. All functions are local: `head` [V_local, H] is this rank's shard.
+On CUDA cuBLAS writes FP32 results directly. On a CPU with AMX products.py does. Elsewhere the head is widened to FP32 a
+few thousand rows at a time: with AMX that would take four to five times as long, without it BF16 has no advantage. All
+functions are local: `head` [V_local, H] is this rank's shard.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megaqad.losses import mkl
+from megaqad.losses import products
 
 _TILE_ELEMENTS = 1 << 22
 
@@ -27,7 +27,7 @@ def direct(hidden: Tensor, head: Tensor) -> bool:
     """
     if hidden.dtype != torch.bfloat16 or head.dtype != torch.bfloat16:
         return False
-    return head.is_cuda or (head.device.type == "cpu" and mkl.available())
+    return head.is_cuda or (head.device.type == "cpu" and products.serves(head.shape[1]))
 
 
 def _tiles(head: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -47,7 +47,7 @@ def logits_(out: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
     if direct(hidden, head):
         if out.is_cuda:
             return torch.mm(hidden, head.t(), out_dtype=torch.float32, out=out)
-        return mkl.mm_(out, hidden, head.t())
+        return products.logits_(out, hidden, head)
     hidden = hidden.float()
     for rows, tile in _tiles(head):
         torch.mm(hidden, tile.t(), out=out[:, rows])
@@ -68,10 +68,10 @@ def slope(logit_gradient: Tensor, spare: Tensor | None, *, narrow: bool) -> Tens
 
 def hidden_gradient(slope: Tensor, head: Tensor) -> Tensor:
     """FP32 [n, H] = slope [n, V_local] @ head: this shard's part of the hidden states' gradient."""
-    if direct(slope, head):
-        if slope.is_cuda:
-            return torch.mm(slope, head, out_dtype=torch.float32)
-        return mkl.mm_(slope.new_empty(slope.shape[0], head.shape[1], dtype=torch.float32), slope, head)
+    if slope.dtype == torch.bfloat16:
+        return (
+            torch.mm(slope, head, out_dtype=torch.float32) if slope.is_cuda else products.hidden_gradient(slope, head)
+        )
     total = slope.new_zeros(slope.shape[0], head.shape[1])
     for rows, tile in _tiles(head):
         total.addmm_(slope[:, rows], tile)
@@ -80,8 +80,8 @@ def hidden_gradient(slope: Tensor, head: Tensor) -> Tensor:
 
 def accumulate_head_gradient_(total: Tensor, slope: Tensor, hidden: Tensor) -> Tensor:
     """total [V_local, H] FP32 += slope [n, V_local]^T @ hidden [n, H]."""
-    if direct(slope, hidden):
+    if slope.dtype == torch.bfloat16:
         if slope.is_cuda:
             return torch.addmm(total, slope.t(), hidden, out_dtype=torch.float32, out=total)
-        return mkl.mm_(total, slope.t(), hidden, accumulate=True)
+        return products.accumulate_head_gradient_(total, slope, hidden)
     return total.addmm_(slope.t(), hidden.float())

@@ -58,7 +58,7 @@ def _run(student: Model, teacher: Model | None, plan: _Plan) -> _Outcome:
     buffers = student.head.new_empty(1 if teacher is None else 2, longest, len(student.head), dtype=torch.float32)
     token_loss = student.head.new_zeros(len(plan.tokens.weights), dtype=torch.float64)
     hidden_gradient = torch.zeros_like(student.hidden, dtype=torch.float32) if work.any_hidden_gradient else None
-    head_gradient = torch.zeros_like(student.head, dtype=torch.float32) if plan.wants_head else None
+    head_gradient = student.head.new_zeros(student.head.shape, dtype=torch.float32) if plan.wants_head else None
     for tokens in work.chunks:
         chunk = _logits(student, teacher, plan.tokens, tokens, buffers)
         evaluation = plan.objective.open(chunk, plan.kernel)

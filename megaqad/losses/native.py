@@ -1,32 +1,23 @@
-"""The CPU kernel in C++ (native.cpp): compiled once per machine with the compiler it has, or not at all.
+"""The CPU kernel in C++ (native.cpp): compiled once per machine with the compiler it has, or not at all (compiled.py).
 
 PyTorch's elementwise operations go over memory about ten times for what one pass can do, and torch.compile needs the
-same C++ compiler as this file. So the kernel is 200 lines of C++ without any header of PyTorch, compiled in about two
-seconds into `$XDG_CACHE_HOME/megaqad` (default `~/.cache/megaqad`) under a name made of its source and the processor's
-features, and called through ctypes. Measured against ModelOpt's loss it is 5-10 times faster, the PyTorch kernel 1-2.
-Without a compiler, or where the cache cannot be written, `unavailable()` says so and `impl="auto"` takes the PyTorch
-kernel. OpenMP comes from the runtime that PyTorch has already loaded, so both share one set of threads.
+same C++ compiler as this file. So the kernel is 200 lines of C++ without any header of PyTorch. Measured against
+ModelOpt's loss it is 5 to 7 times faster, the PyTorch kernel 1 to 2. Where it cannot be compiled `unavailable()` says
+why and `impl="auto"` takes the PyTorch kernel.
 """
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megaqad.losses import compiled
+from megaqad.losses.compiled import address
+
 SOURCE = Path(__file__).with_name("native.cpp")
-_FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
-    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
-)
-_COMPILE_SECONDS = 120
+_FLAGS = ("-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _SMALLEST_SHARE = 1 << 15
 """Logits below which another thread costs more than it saves."""
 
@@ -43,48 +34,12 @@ class _Shape(ctypes.Structure):
     ]
 
 
-def _processor() -> str:
-    """What -march=native depends on: a cache shared by different machines must not mix their code."""
-    features = ""
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"{platform.machine()} {platform.processor()} {features}"
-
-
-def _compiler() -> str | None:
-    named = os.environ.get("CXX")
-    return next((found for name in (named, "c++", "g++", "clang++") if name and (found := shutil.which(name))), None)
-
-
-def _compile(compiler: str, library: Path) -> None:
-    """Compile beside the target and rename: many ranks may do this at once."""
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        fresh = Path(folder) / library.name
-        command = [compiler, *_FLAGS, str(SOURCE), "-o", str(fresh)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
-        fresh.replace(library)
-
-
 @functools.cache
 def _load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
-    key = hashlib.sha256(f"{SOURCE.read_text()}{_FLAGS}{_processor()}".encode()).hexdigest()[:16]
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megaqad"
-        library = cache / f"losses-{key}.so"
-        if not library.exists():
-            compiler = _compiler()
-            if compiler is None:
-                return "no C++ compiler (set CXX, or install g++)"
-            _compile(compiler, library)
-        loaded = ctypes.CDLL(str(library))
-    except subprocess.CalledProcessError as error:
-        return f"{error.cmd[0]} cannot compile {SOURCE.name}: {str(error.stderr).strip().splitlines()[-1:]}"
-    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
-        return f"{type(error).__name__}: {error}"
-    loaded.megaqad_kl_statistics.restype = loaded.megaqad_kl_gradient.restype = None
+    loaded = compiled.load(SOURCE, _FLAGS)
+    if not isinstance(loaded, str):
+        loaded.megaqad_kl_statistics.restype = loaded.megaqad_kl_gradient.restype = None
     return loaded
 
 
@@ -109,13 +64,9 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.numel() == 0 else logits.contiguous()
 
 
-def _address(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
 def _operands(student: Tensor, teacher: Tensor | None) -> tuple[ctypes.c_void_p, ctypes.c_void_p, int, int]:
     teacher_type = -1 if teacher is None else int(teacher.dtype == torch.bfloat16)
-    return _address(student), _address(teacher), int(student.dtype == torch.bfloat16), teacher_type
+    return address(student), address(teacher), int(student.dtype == torch.bfloat16), teacher_type
 
 
 def _shape(student: Tensor, teacher: Tensor | None, temperature: float, out: Tensor | None = None) -> _Shape:
@@ -137,7 +88,7 @@ def statistics(student: Tensor, teacher: Tensor | None, *, temperature: float, m
     out = torch.zeros(2 if teacher is None else 5, student.shape[0], dtype=torch.float64)
     mask = None if mask is None else mask.contiguous()
     shape = _shape(student, teacher, temperature)
-    _library().megaqad_kl_statistics(*_operands(student, teacher), _address(mask), _address(out), ctypes.byref(shape))
+    _library().megaqad_kl_statistics(*_operands(student, teacher), address(mask), address(out), ctypes.byref(shape))
     return out
 
 
@@ -151,7 +102,7 @@ def gradient(
     assert out.stride(-1) == 1 or out.numel() == 0
     shape = _shape(student, teacher, temperature, out)
     _library().megaqad_kl_gradient(
-        *_operands(student, teacher), _address(peaks), _address(factors), _address(out), ctypes.byref(shape)
+        *_operands(student, teacher), address(peaks), address(factors), address(out), ctypes.byref(shape)
     )
     # a write through a pointer is unseen by autograd: without this, a producer that saved its output would use the
     # gradient in its place without a word

@@ -1,4 +1,4 @@
-"""The products of the heads: FP32 results of BF16 operands, by MKL and by widening, against FP64."""
+"""The products of the heads: FP32 results of BF16 operands, by products.cpp and by widening, against FP64."""
 
 from unittest import mock
 
@@ -6,68 +6,97 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaqad.losses import gemm, mkl
+from megaqad.losses import gemm, products
 from tests.losses.heads import make_heads
 from tests.losses.oracle import relative_error
 from tests.losses.test_linear import call
 
-needs_mkl = pytest.mark.skipif(not mkl.available(), reason="this build of PyTorch exports no MKL")
-
-SHAPES = [(1, 1, 1), (3, 5, 7), (64, 1000, 96), (17, 4099, 33), (512, 1, 16), (1, 130, 16)]
-"""tokens, vocabulary, hidden"""
+needs_products = pytest.mark.skipif(products.unavailable() is not None, reason=str(products.unavailable()))
 
 
 def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
 
 
-@needs_mkl
-@pytest.mark.parametrize("shape", SHAPES)
-def test_mkl_keeps_the_accumulator(shape: tuple[int, int, int]) -> None:
-    tokens, vocabulary, hidden = shape
-    h, head, slope = draw(tokens, hidden), draw(vocabulary, hidden), draw(tokens, vocabulary)
-    logits = mkl.mm_(torch.full((tokens, vocabulary), torch.nan), h, head.t())
-    assert relative_error(logits, h.double() @ head.double().t()) <= 1e-6
-    into_hidden = mkl.mm_(torch.full((tokens, hidden), torch.nan), slope, head)
-    assert relative_error(into_hidden, slope.double() @ head.double()) <= 1e-6
-    into_head = mkl.mm_(torch.full((vocabulary, hidden), 0.5), slope.t(), h, accumulate=True)
-    assert relative_error(into_head, slope.double().t() @ h.double() + 0.5) <= 1e-6
+def part(matrix: Tensor) -> Tensor:
+    """The same numbers among others that must not be read or written: NaN."""
+    rows, columns = matrix.shape
+    whole = torch.full((rows + 3, columns + 5), torch.nan, dtype=matrix.dtype)
+    whole[1 : rows + 1, 2 : columns + 2] = matrix
+    return whole[1 : rows + 1, 2 : columns + 2]
 
 
-@needs_mkl
-def test_mkl_reads_and_writes_parts_of_matrices() -> None:
-    a, b = draw(40, 60)[3:20, 5:50], draw(90, 70)[::2, 1:33]
-    whole = torch.zeros(30, 64)
-    mkl.mm_(whole[2:19, 7:39], a, b)
-    assert relative_error(whole[2:19, 7:39], a.double() @ b.double()) <= 1e-6
-    whole[2:19, 7:39] = 0
-    assert not whole.any(), "nothing is written beside the part"
-    strided = draw(45, 64)[:, ::2]
-    assert relative_error(mkl.mm_(torch.empty(17, 32), a, strided), a.double() @ strided.double()) <= 1e-6
+@needs_products
+@pytest.mark.parametrize("tokens", [1, 2, 7, 64, 131])
+@pytest.mark.parametrize("vocabulary", [1, 2, 3, 127, 128, 131, 1027])
+@pytest.mark.parametrize("width", [2, 6, 96, 130])
+def test_every_tail_keeps_the_accumulator(tokens: int, vocabulary: int, width: int) -> None:
+    assert products.serves(width)
+    hidden, head, slope = part(draw(tokens, width)), part(draw(vocabulary, width)), part(draw(tokens, vocabulary))
+    logits, into_head = part(torch.zeros(tokens, vocabulary)), part(torch.full((vocabulary, width), 0.5))
+    products.logits_(logits, hidden, head)
+    products.accumulate_head_gradient_(into_head, slope, hidden)
+    assert relative_error(logits, hidden.double() @ head.double().t()) <= 1e-6
+    assert relative_error(products.hidden_gradient(slope, head), slope.double() @ head.double()) <= 1e-6
+    assert relative_error(into_head, slope.double().t() @ hidden.double() + 0.5) <= 1e-6
+    for written in (logits, into_head):
+        assert int(written._base.isfinite().sum()) == written.numel(), "nothing is written beside the part"
 
 
-@needs_mkl
-def test_mkl_without_columns_or_terms() -> None:
-    assert not mkl.mm_(torch.ones(2, 3), draw(2, 0), draw(0, 3)).any()
-    assert mkl.mm_(torch.ones(2, 3), draw(2, 0), draw(0, 3), accumulate=True).all()
-    assert mkl.mm_(torch.empty(2, 0), draw(2, 4), draw(4, 0)).shape == (2, 0)
+@needs_products
+def test_matrices_that_lie_transposed() -> None:
+    hidden, head, slope = draw(64, 20).t(), draw(64, 300).t(), draw(300, 20).t()
+    logits = products.logits_(torch.empty(20, 300), hidden, head)
+    assert relative_error(logits, hidden.double() @ head.double().t()) <= 1e-6
+    assert relative_error(products.hidden_gradient(slope, head), slope.double() @ head.double()) <= 1e-6
 
 
-@needs_mkl
-def test_mkl_writes_are_seen_by_autograd() -> None:
-    out = torch.zeros(2, 2, requires_grad=True)
-    kept = (out * 1.0).exp()  # saves its own result
+@needs_products
+@pytest.mark.parametrize("sizes", [(0, 4, 2), (3, 0, 2)])
+def test_nothing_to_multiply(sizes: tuple[int, int, int]) -> None:
+    tokens, vocabulary, width = sizes
+    hidden, head, slope = draw(tokens, width), draw(vocabulary, width), draw(tokens, vocabulary)
+    assert products.logits_(torch.empty(tokens, vocabulary), hidden, head).shape == (tokens, vocabulary)
+    assert not products.hidden_gradient(slope, head).any()
+    assert products.accumulate_head_gradient_(torch.ones(vocabulary, width), slope, hidden).all()
+
+
+@needs_products
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    hidden, head, slope = draw(65, 320), draw(1000, 320), draw(65, 1000)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        logits = products.logits_(torch.empty(65, 1000), hidden, head)
+        into_head = products.accumulate_head_gradient_(torch.zeros(1000, 320), slope, hidden)
+        results.append([logits, products.hidden_gradient(slope, head), into_head])
+    torch.set_num_threads(before)
+    for others in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True))
+
+
+@needs_products
+def test_writes_are_seen_by_autograd() -> None:
+    kept = torch.zeros(2, 2, requires_grad=True).exp()  # saves its own result
     with torch.no_grad():
-        mkl.mm_(kept, draw(2, 2), draw(2, 2))
+        products.logits_(kept, draw(2, 2), draw(2, 2))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kept.sum().backward()
+
+
+def test_an_odd_width_is_widened() -> None:
+    assert not products.serves(33)
+    hidden, head = draw(5, 33), draw(40, 33)
+    assert not gemm.direct(hidden, head)
+    assert relative_error(gemm.logits_(torch.empty(5, 40), hidden, head), hidden.double() @ head.double().t()) <= 1e-6
 
 
 def test_widening_gives_the_same_loss() -> None:
     heads = make_heads(dtype=torch.bfloat16)
     direct, loss, _ = call(heads)
     loss.backward()
-    with mock.patch.object(mkl, "available", return_value=False):
+    with mock.patch.object(products, "serves", return_value=False):
         widened, reference_loss, _ = call(heads)
         reference_loss.backward()
     assert abs(loss - reference_loss) <= 1e-6 * reference_loss
