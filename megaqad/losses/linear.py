@@ -117,11 +117,11 @@ class _GradientsInForwardThenScale(torch.autograd.Function):
             raise RuntimeError("the gradients of this loss were already handed out; call the loss again")
         hidden_gradient, head_gradient = ctx.gradients
         ctx.gradients = None
-        # scaled in place in FP32 and only then rounded to the inputs' type, once
+        # scaled in place in FP32 and only then rounded to the inputs' type; torch.mul(out=) of that type takes longer
         if hidden_gradient is not None:
             hidden_gradient = hidden_gradient.mul_(grad_loss).to(ctx.types[0])
         if head_gradient is not None and ctx.accumulate_into is not None:
-            ctx.accumulate_into.add_(head_gradient.mul_(grad_loss))
+            ctx.accumulate_into.addcmul_(head_gradient, grad_loss)
             head_gradient = None
         elif head_gradient is not None:
             head_gradient = head_gradient.mul_(grad_loss).to(ctx.types[1])
