@@ -24,6 +24,7 @@ trained is then exactly what is exported.
 """
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from enum import Enum
 from typing import Any, cast
 
@@ -155,7 +156,7 @@ class QuantizedLinear(torch.nn.Module):
         super().__init__(*args, **kwargs)
         self.site = site
         self.quantization = quantization
-        self.scaling = scaling if quantization.weights == "nvfp4" else DEFAULT_SCALING
+        self._scaling = scaling
         self.mode = QuantizerMode.OFF
         self.input_counts: Tensor | None = None
         self.register_buffer("input_amax", torch.zeros((), dtype=torch.float32, device=self.weight.device))
@@ -180,6 +181,13 @@ class QuantizedLinear(torch.nn.Module):
         if self.scaling.weight_scales == "learned":
             set_tensor_model_parallel_attributes(self.weight_block_amax, True, self.cut_dim, 1)
             self.weight_amax.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
+
+    @property
+    def scaling(self) -> Scaling:
+        """How scales come about; those of weights are chosen in NVFP4 only."""
+        if self.quantization.weights == "nvfp4":
+            return self._scaling
+        return replace(DEFAULT_SCALING, activation_percentile=self._scaling.activation_percentile)
 
     @property
     def cut_dim(self) -> int:
@@ -259,7 +267,7 @@ class QuantizedLinear(torch.nn.Module):
         """Replace the operands, then multiply as Megatron-Core does. Sharding as in its ``_forward_impl``."""
         if self.mode is QuantizerMode.CALIBRATE:
             self.input_amax.copy_(torch.maximum(self.input_amax, tensor_amax(input.detach())))
-            if self.scaling.activation_percentile < 100:
+            if self.scaling.activation_percentile < 100 and self.quantization.calibrates_inputs:
                 counts = count_magnitudes(input)
                 self.input_counts = counts if self.input_counts is None else self.input_counts + counts
         elif self.mode is QuantizerMode.ON:

@@ -72,13 +72,20 @@ class QuantizationSettings:
     """Input scales cover this share of the magnitudes seen in calibration; the rest saturates."""
 
     auto: str | None = None
-    """``bits:<average>``: keep those layer groups BF16 that cost the most KL, so that the weights the recipe quantizes
-    average at most so many bits, block scales included (4.5 is all NVFP4). Measured once, then part of the run."""
+    """``bits:<average>``: which layer groups become FP8 or stay BF16, for the least KL at which the weights that the
+    recipe quantizes average at most so many bits, block scales included (4.5 is all NVFP4). Measured once, then part of
+    the run, and a recipe file for others: ``quantization=<output_dir>/auto.yaml``. Only BF16 is chosen beside NVFP4
+    where FP8 would not do: it rounds inputs, which weight-only recipes do not; ``transformer_engine`` has none."""
 
     @property
     def target_bits(self) -> float | None:
         """Average bits per weight that ``auto`` asks for."""
         return None if self.auto is None else float(self.auto.removeprefix("bits:"))
+
+    @property
+    def auto_formats(self) -> tuple[str, ...]:
+        """What ``auto`` may make of a layer besides the recipe's own format and BF16."""
+        return ("fp8",) if self.activations != "none" and self.backend == "emulated" else ()
 
     def __post_init__(self) -> None:
         self._check_scales()

@@ -186,6 +186,22 @@ def test_frozen_scales_stay_and_refreshed_follow(model, run_ranks, tmp_path):
     assert found["refreshed", 2.0] == 2 * found["refreshed", 1.0]
 
 
+@pytest.mark.parametrize("number", ["nvfp4", "fp8"])
+def test_a_percentile_lowers_every_input_scale(number, model, run_ranks, tmp_path):
+    from megaqad.runtime.sizes import ParallelSizes
+
+    scales = []
+    for percentile in (100.0, 95.0):
+        settings = QuantizationSettings(weights=number, activations=number, activation_percentile=percentile)
+        options = {"settings": settings, "tokens": TOKENS, "output_dir": tmp_path / f"{percentile}"}
+        run_ranks(1, exported, model, ParallelSizes(), options)
+        files = load_file(options["output_dir"] / "model.safetensors")
+        scales.append({name: tensor.item() for name, tensor in files.items() if name.endswith("input_scale")})
+    largest, lowered = scales
+    assert len(largest) == 4 * 7
+    assert all(lowered[name] < 0.9 * largest[name] for name in largest)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
