@@ -7,6 +7,7 @@ from megaqad.nvfp4.format import (
     NVFP4Tensor,
     check_finite,
     global_scale_from_amax,
+    row_amax,
     tensor_amax,
 )
 
@@ -22,5 +23,6 @@ __all__ = [
     "fake_quantize_packed",
     "global_scale_from_amax",
     "quantize",
+    "row_amax",
     "tensor_amax",
 ]
