@@ -7,7 +7,6 @@ from megaqad.evaluation import Evaluator
 from megaqad.models.causal_lm import CausalLM
 from megaqad.quantization.allocation import BF16, GroupKL, average_bits, choose, predicted_kl
 from megaqad.quantization.choice import Choice
-from megaqad.quantization.formats import CHOICES
 from megaqad.quantization.recipe import Recipe
 from megaqad.quantization.sensitivity import measure_groups, quantize_only, quantized_groups, use_formats
 
@@ -44,7 +43,7 @@ def choose_formats(session: Session, student: list[CausalLM], evaluator: Evaluat
     chosen = choose(groups, target)
     modules = {group.name: group.modules for group in quantized_groups(recipe, session.description)}
     formats = {module: name for group, name in chosen.items() for module in modules[group]}
-    others = {module: known for module, name in formats.items() if (known := CHOICES[name]) is not None}
+    others = {module: known for module, name in formats.items() if (known := recipe.named(name)) is not None}
     use_formats(student, session.context, others)
     quantize_only(student, {module for module in recipe.formats if formats.get(module) != BF16}, caches=True)
     measured = evaluator.evaluate(student)

@@ -162,7 +162,9 @@ class Session:
         ``recipe`` stands in for the run's own.
         """
         chunks = self.original_student(recipe)
-        calibrate(chunks, self.context, lambda: forward_hidden(chunks, self._calibration_tokens()))
+        quantization = self.settings.quantization
+        data = (lambda: forward_hidden(chunks, self._calibration_tokens())) if quantization.needs_data else None
+        calibrate(chunks, self.context, data)
         return chunks
 
     def _calibration_tokens(self) -> list[torch.Tensor]:

@@ -64,7 +64,8 @@ def ptq_student(session: Session) -> list[CausalLM]:
         if problem is None:
             return session.student_from(directory)
         session.terminal.say(f"ptq is damaged and made again: {problem}")
-    session.terminal.say(f"calibrating on {session.settings.quantization.calibration_samples} training sequences")
+    if session.settings.quantization.needs_data:
+        session.terminal.say(f"calibrating on {session.settings.quantization.calibration_samples} training sequences")
     student = session.calibrated_student()
     on_main(lambda: remove_leftovers(session.settings.run_dir))
     saver = CheckpointSaver(session.context)

@@ -13,6 +13,12 @@ amax / 2688 (NVFP4) or amax / 448 (FP8), the same for q, k, v and for gate, up; 
 quantized KV cache adds ``k_proj.k_scale`` and ``v_proj.v_scale``, float32 []: amax / 448 for NVFP4 as well, where
 engines put the range of four-bit codes in themselves.
 
+With dynamic input scales (``quantization.activation_scales``) there is no ``input_scale``, and both configuration files
+say ``activation_scheme: dynamic`` beside ModelOpt's keys, the contract that vLLM's pull request 49715 proposes;
+``config_groups`` say it in their own words. TensorRT-LLM reads such files: where the scale is missing it takes one
+from the tensor of each call. vLLM 0.33 leaves the missing scale uninitialized, and SGLang takes 1.0: both need
+calibrated ones.
+
 Each rank quantizes its own shard. With the amax taken over all ranks and over the modules that engines fuse, the
 shards' bytes are the bytes of the whole, cut; what is gathered is 4.5 bits per NVFP4 weight instead of 16. Weights are
 cast to BF16 first, and amax, scales and codes all come from that one tensor, so that the files equal what ModelOpt
@@ -52,6 +58,8 @@ WITH_GROUP_SIZE = ("nvfp4", "mxfp8")
 """Formats whose ``quantized_layers`` entry holds a group size."""
 WITH_CONFIG_GROUP = ("FP8", "NVFP4", "W4A16_NVFP4")
 """What ModelOpt describes in config.json when it is the only ``quant_algo``; of others it gives the name."""
+DYNAMIC = "dynamic"
+"""``activation_scheme`` of an export without input scales; with them nothing is said, as ModelOpt does."""
 LAYOUT = {"name": "modelopt", "version": "0.47.0"}
 """The producer that readers are told. Engines recognise the layout by this name, so it names the layout's owner and
 the release it was compared with; who wrote the files is said in the manifest."""
@@ -258,6 +266,7 @@ def config_files(
     config.pop("torch_dtype", None)
     if not formats:
         return {"config.json": config}
+    scheme = {"activation_scheme": DYNAMIC} if any(chosen.dynamic for chosen in formats.values()) else {}
     excluded = [name for name in [*linear_modules(description), HEAD] if name not in formats]
     layers = {name: _algorithm(formats[name]) for name in [*linear_modules(description), HEAD] if name in formats}
     groups: dict[tuple[Any, ...], list[str]] = {}
@@ -282,13 +291,14 @@ def config_files(
         "quant_algo": details["quant_algo"],
         "producer": LAYOUT,
         "quant_method": "modelopt",
+        **scheme,
     }
     if "quantized_layers" in details:
         config["quantization_config"]["quantized_layers"] = layers
     if kv_cache != "none":
         config["quantization_config"]["kv_cache_scheme"] = KV_SCHEMES[kv_cache]
     kv_algorithm = None if kv_cache == "none" else kv_cache.upper()
-    details = {"kv_cache_quant_algo": kv_algorithm, **details}
+    details = {"kv_cache_quant_algo": kv_algorithm, **details, **scheme}
     return {"config.json": config, "hf_quant_config.json": {"producer": LAYOUT, "quantization": details}}
 
 
@@ -303,4 +313,6 @@ def _numbers(chosen: LinearFormat) -> dict[str, Any]:
     number = {"dynamic": False, "num_bits": int(chosen.facts.bits), "type": "float"}
     if chosen.facts.block > 1:
         number["group_size"] = chosen.facts.block
-    return {"weights": number, **({} if chosen.activations == "none" else {"input_activations": number})}
+    if chosen.activations == "none":
+        return {"weights": number}
+    return {"weights": number, "input_activations": {**number, "dynamic": chosen.dynamic}}

@@ -29,6 +29,8 @@ class LinearFormat:
     """A key of ``FORMATS``."""
     activations: str
     """The same, or ``none``: inputs stay BF16."""
+    dynamic: bool = False
+    """Whether inputs of a format that is else calibrated get their scales from themselves, one for each token."""
 
     @property
     def facts(self) -> FormatFacts:
@@ -43,6 +45,11 @@ class LinearFormat:
     @property
     def calibrates_inputs(self) -> bool:
         """Whether calibration must find the largest input, and the export holds an input scale."""
+        return not self.dynamic and self.has_input_scale
+
+    @property
+    def has_input_scale(self) -> bool:
+        """Whether inputs have a float32 scale, calibrated or of each token: not the MX formats' powers of two."""
         return self.activations != "none" and FORMATS[self.activations].calibrated
 
 

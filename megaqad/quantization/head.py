@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megaqad.models.families import LinearSite
-from megaqad.nvfp4 import tensor_amax
+from megaqad.nvfp4 import row_amax, tensor_amax
 from megaqad.quantization.formats import LinearFormat
 from megaqad.quantization.layers import EXPORT_DTYPE, QuantizerMode, straight_through
 from megaqad.quantization.numbers import number_format
@@ -59,8 +59,9 @@ class HeadQuantizer(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """The last hidden states [s(/tp), b, h] as the head's GEMM sees them; no collectives."""
-        if self.mode is QuantizerMode.CALIBRATE:
+        if self.mode is QuantizerMode.CALIBRATE and not self.quantization.dynamic:
             self.input_amax.copy_(torch.maximum(self.input_amax, tensor_amax(hidden.detach())))
         elif self.mode is QuantizerMode.ON and self.quantization.activations != "none":
-            return number_format(self.quantization.activations).round_input(hidden, self.input_amax)
+            amax = row_amax(hidden) if self.quantization.dynamic else self.input_amax
+            return number_format(self.quantization.activations).round_input(hidden, amax)
         return hidden

@@ -8,7 +8,10 @@ Backward is straight-through (QAD, arXiv 2601.20088): gradients are those of the
 handed unchanged to X and W, in high precision. Everything parallel (sequence-parallel gather, input-gradient
 all-reduce, output reduce) stays Megatron-Core's: only the operands of ``_forward_impl`` are replaced.
 
-Scales. The input scale is static, from calibration, and shared by all ranks and by the modules fused in this layer.
+Scales. The input scale is static, from calibration, and shared by all ranks and by the modules fused in this layer; or
+dynamic, each token's own. Per token, and not per call of the layer, because a token then rounds alike whatever it is
+batched with and whatever comes after it, in training, prefill and decoding, on any number of ranks. Where ranks divide
+the contraction dim (row-parallel), the token's amax is the maximum over them; sequence parallelism divides tokens.
 The weight scale follows the weight as it trains, unless it is frozen or learned (``scales.py``):
 ``state.refresh_weights`` quantizes every weight once per optimizer step, not once per microbatch, and forward uses that
 copy. With sequence parallelism the input is quantized before it is gathered: blocks lie along the hidden dim, so the
@@ -44,6 +47,7 @@ from megaqad.nvfp4 import (
     dequantize,
     fake_quantize_packed,
     quantize,
+    row_amax,
     tensor_amax,
 )
 from megaqad.quantization.formats import LinearFormat
@@ -99,7 +103,7 @@ class _PackedInput:
     """
 
     def __init__(self, x: Tensor, amax: Tensor) -> None:
-        """``x``: [..., K], K a multiple of 16; ``amax``: float32 [] or one per row, as ``fake_quantize`` takes it."""
+        """``x``: [..., K], K a multiple of 16; ``amax``: float32 [] or [..., 1], as ``fake_quantize`` takes it."""
         self.values: Tensor
         if x.requires_grad:
             self.values = cast(Tensor, _PackedFakeQuantize.apply(x, amax))
@@ -129,7 +133,7 @@ class QuantizedLinear(torch.nn.Module):
         site: which layer this is, with its Hugging Face module names.
         quantization: its formats.
         input_amax: float32 [], largest absolute input seen in calibration; 0 until then. Part of the state dict,
-            identical on all tensor- and data-parallel ranks.
+            identical on all tensor- and data-parallel ranks. Stays 0 where input scales are dynamic.
         mode: what forward does with the quantizers.
         packs_inputs: keep inputs packed for backward. Off is the readable form, the oracle of the tests.
     """
@@ -263,9 +267,21 @@ class QuantizedLinear(torch.nn.Module):
         assert self._quantized_weight is not None, "refresh_weights() must run before a quantized forward"
         return self._quantized_weight
 
+    def _amax_of(self, x: Tensor) -> Tensor:
+        """What the scale of an input [.., in(/tp)] comes from: float32 [], calibrated, or [.., 1], each token's own.
+
+        Collective: dynamic and row-parallel, one all-reduce (maximum) over the tensor-parallel group.
+        """
+        if not self.quantization.dynamic:
+            return self.input_amax
+        amax = row_amax(x)
+        if self.site.parallel == "row" and self.tp_group.size() > 1:
+            torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=self.tp_group)
+        return amax
+
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Replace the operands, then multiply as Megatron-Core does. Sharding as in its ``_forward_impl``."""
-        if self.mode is QuantizerMode.CALIBRATE:
+        if self.mode is QuantizerMode.CALIBRATE and not self.quantization.dynamic:
             self.input_amax.copy_(torch.maximum(self.input_amax, tensor_amax(input.detach())))
             if self.scaling.activation_percentile < 100 and self.quantization.calibrates_inputs:
                 counts = count_magnitudes(input)
@@ -275,11 +291,11 @@ class QuantizedLinear(torch.nn.Module):
             activations = self.quantization.activations
             saves_input = torch.is_grad_enabled() and weight.requires_grad
             if activations == "nvfp4" and self.packs_inputs and saves_input:
-                packed = _PackedInput(input, self.input_amax)
+                packed = _PackedInput(input, self._amax_of(input))
                 with packed.saving():
                     return super()._forward_impl(packed.values, weight, *args, **kwargs)  # type: ignore[misc]
             if activations != "none":
-                input = number_format(activations).round_input(input, self.input_amax)
+                input = number_format(activations).round_input(input, self._amax_of(input))
         return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
 
 

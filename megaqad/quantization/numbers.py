@@ -54,7 +54,8 @@ class NumberFormat(ABC):
 
     @abstractmethod
     def input_values(self, x: Tensor, amax: Tensor) -> Tensor:
-        """``x`` [.., K] as the kernel multiplies it, in its own dtype. ``amax``: float32 [], calibrated."""
+        """``x`` [.., K] as the kernel multiplies it, in its own dtype. ``amax``: float32 [], calibrated, or [.., 1], of
+        each token."""
 
     @torch.no_grad()
     def round_weight(self, weight: Tensor, amax: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ class NVFP4(NumberFormat):
 
 
 def fp8_scale(amax: Tensor) -> Tensor:
-    """The per-tensor scale ``amax / 448``, float32 [], never below ``MIN_GLOBAL_SCALE``."""
+    """The scale ``amax / 448``, float32 in the shape of ``amax``, never below ``MIN_GLOBAL_SCALE``."""
     return (amax.float() / torch.full_like(amax, E4M3_MAX, dtype=torch.float32)).clamp_min(MIN_GLOBAL_SCALE)
 
 

@@ -65,11 +65,18 @@ class Recipe:
         )
 
     def _choose(self, hf_module: str) -> LinearFormat | None:
-        chosen: LinearFormat | None = LinearFormat(self.settings.weights, self.settings.activations)
-        for pattern, name in self.settings.formats.items():
+        name = own_format(self.settings.weights, self.settings.activations)
+        for pattern, other in self.settings.formats.items():
             if fnmatchcase(hf_module, pattern):
-                chosen = CHOICES[name]
-        return chosen
+                name = other
+        return self.named(name)
+
+    def named(self, name: str) -> LinearFormat | None:
+        """A member of ``CHOICES`` with input scales as this recipe takes them."""
+        chosen = CHOICES[name]
+        if chosen is None or self.settings.activation_scales == "static" or not chosen.has_input_scale:
+            return chosen
+        return replace(chosen, dynamic=True)
 
     def module_format(self, hf_module: str) -> LinearFormat | None:
         """Format of one module; None keeps it BF16."""
@@ -124,7 +131,7 @@ class Recipe:
         other = copy(self)
         other.rounds_activations = False
         other._formats = {
-            name: None if chosen is None else replace(chosen, activations="none")
+            name: None if chosen is None else replace(chosen, activations="none", dynamic=False)
             for name, chosen in self._formats.items()
         }
         return other
@@ -135,9 +142,15 @@ class Recipe:
             self._formats[name] = None
 
 
+def own_format(weights: str, activations: str) -> str:
+    """The member of ``CHOICES`` that a recipe's ``weights``, which are quantized, and ``activations`` are."""
+    wanted = LinearFormat(weights, activations)
+    return next(name for name, known in CHOICES.items() if known == wanted)
+
+
 def _named(chosen: LinearFormat | None) -> str:
     """A format as ``quantization.formats`` would call it."""
-    return next(name for name, known in CHOICES.items() if known == chosen)
+    return "bf16" if chosen is None else own_format(chosen.weights, chosen.activations)
 
 
 def recipe_for(settings: QuantizationSettings, description: ModelDescription, tensor: int = 1) -> Recipe:

@@ -12,7 +12,7 @@ import torch
 from megaqad.models.description import ModelDescription
 from megaqad.models.families import hf_tensors
 from megaqad.quantization.allocation import Group, GroupKL, groups_of
-from megaqad.quantization.formats import CHOICES, LinearFormat
+from megaqad.quantization.formats import LinearFormat
 from megaqad.quantization.layers import QuantizerMode
 from megaqad.quantization.recipe import Recipe
 from megaqad.quantization.state import quantized_caches, quantized_linears, refresh_weights
@@ -73,7 +73,7 @@ def measure_groups(
     found = _measure_alone(chunks, groups, measure)
     other_kls: list[dict[str, float]] = [{} for _ in groups]
     for name in others:
-        chosen = CHOICES[name]
+        chosen = recipe.named(name)
         assert chosen is not None, "BF16 needs no measuring"
         use_formats(chunks, context, dict.fromkeys(recipe.formats, chosen))
         for kls, kl in zip(other_kls, _measure_alone(chunks, groups, measure), strict=True):

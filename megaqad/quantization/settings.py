@@ -11,12 +11,13 @@ from typing import Literal, get_args
 
 from megaqad.errors import UserError
 from megaqad.quantization.allocation import BF16_BITS, NVFP4_BITS
-from megaqad.quantization.formats import CHOICES, FORMATS, KV_CACHE, WEIGHT_ONLY
+from megaqad.quantization.formats import CHOICES, FORMATS, KV_CACHE, WEIGHT_ONLY, LinearFormat
 
 MISFITS = ("error", "keep")
 Backend = Literal["emulated", "transformer_engine"]
 CALIBRATIONS = ("max", "mse", "four_over_six")
 WEIGHT_SCALES = ("refreshed", "frozen", "learned")
+ACTIVATION_SCALES = ("static", "dynamic")
 SCALE_LR = 1e-4
 """Of learned scales, unless ``scale_lr`` says otherwise: amax is in units of weights."""
 
@@ -53,6 +54,12 @@ class QuantizationSettings:
     """``emulated`` computes the NVFP4 function with BF16/FP32 GEMMs on any device; ``transformer_engine`` with NVFP4
     GEMMs on GPUs that have them (W4A4, compute capability 10.0 and above)."""
 
+    activation_scales: str = "static"
+    """Where the scales of NVFP4 and FP8 inputs come from: ``static``, calibration, as every engine reads them; or
+    ``dynamic``, each token's own largest value, without calibration. The export then holds no input scales. Of the
+    engines only TensorRT-LLM reads that, with one scale for all tokens of a call, which is each token's own where
+    calls have one; vLLM 0.33 and SGLang take a missing scale for something else. The KV cache stays calibrated."""
+
     calibration_samples: int = 64
     """Training sequences whose activations set the input scales."""
 
@@ -86,6 +93,11 @@ class QuantizationSettings:
     def auto_formats(self) -> tuple[str, ...]:
         """What ``auto`` may make of a layer besides the recipe's own format and BF16."""
         return ("fp8",) if self.activations != "none" and self.backend == "emulated" else ()
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether scales come from calibration data: of inputs, unless dynamic, or of the KV cache."""
+        return self.weights != "none" and (self.kv_cache != "none" or self.activation_scales == "static")
 
     def __post_init__(self) -> None:
         self._check_scales()
@@ -127,10 +139,25 @@ class QuantizationSettings:
                 raise UserError(f"quantization.include and quantization.exclude both list {name!r}: remove one")
         if self.auto is not None:
             self._check_auto(self.auto)
-        if self.calibration_samples < 1 and (self.activations, self.kv_cache) != ("none", "none"):
+        if self.activation_scales == "dynamic":
+            self._check_dynamic()
+        if self.calibration_samples < 1 and self.needs_data:
             raise UserError(
                 f"quantization.calibration_samples={self.calibration_samples} leaves the input scales unset: "
                 "use 1 or more"
+            )
+
+    def _check_dynamic(self) -> None:
+        formats = [LinearFormat(self.weights, self.activations), *(CHOICES[name] for name in self.formats.values())]
+        if not any(chosen.has_input_scale for chosen in formats if chosen is not None):
+            raise UserError(
+                "quantization.activation_scales=dynamic has no effect: no inputs are in NVFP4 or FP8, the formats with "
+                "a scale to choose; leave it out"
+            )
+        if self.activation_percentile < 100:
+            raise UserError(
+                f"quantization.activation_percentile={self.activation_percentile} is for calibrated scales, and "
+                "quantization.activation_scales=dynamic has none: leave one out"
             )
 
     def _check_auto(self, auto: str) -> None:
@@ -157,6 +184,7 @@ class QuantizationSettings:
         for name, value, choices in (
             ("calibration", self.calibration, CALIBRATIONS),
             ("weight_scales", self.weight_scales, WEIGHT_SCALES),
+            ("activation_scales", self.activation_scales, ACTIVATION_SCALES),
         ):
             if value not in choices:
                 raise UserError(f"quantization.{name}={value} is unknown: choose one of {', '.join(choices)}")

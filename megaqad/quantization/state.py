@@ -153,14 +153,17 @@ def round_to_export_dtype(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 @torch.no_grad()
-def calibrate(chunks: Sequence[torch.nn.Module], context: ParallelContext, run_forward: Callable[[], object]) -> None:
+def calibrate(
+    chunks: Sequence[torch.nn.Module], context: ParallelContext, run_forward: Callable[[], object] | None
+) -> None:
     """Run data through the unquantized model and keep each layer's largest absolute input, in BF16, or the percentile
     of all that the recipe asks for; then choose the weight scales that are state.
 
     Leaves the model in mode ON with its weights quantized.
 
     Args:
-        run_forward: forwards the calibration batches through all pipeline stages of this rank.
+        run_forward: forwards the calibration batches through all pipeline stages of this rank; None when all scales are
+            dynamic or the weights' own, and there is nothing to find.
 
     Collectives: those of ``run_forward``, then one all-reduce (maximum) over the tensor-parallel group, which under
     sequence parallelism and in row-parallel layers holds different inputs, and one over the data-parallel group.
@@ -174,8 +177,10 @@ def calibrate(chunks: Sequence[torch.nn.Module], context: ParallelContext, run_f
     for layer in quantized_linears(chunks):
         if isinstance(layer, QuantizedLinear):
             layer.input_counts = None
-    run_forward()
-    found = calibrated(chunks)
+    found = []
+    if run_forward is not None:
+        run_forward()
+        found = calibrated(chunks)
     reduced = _maximum([amax for _, amax in found], [context.tensor_group, context.data_group])
     for (what, buffer), amax in zip(found, reduced, strict=True):
         value = amax.item()
@@ -195,7 +200,11 @@ def calibrate(chunks: Sequence[torch.nn.Module], context: ParallelContext, run_f
 
 def calibrated(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, Tensor]]:
     """What each calibrated maximum on this rank is of, in words, and the float32 [] buffer that holds it."""
-    inputs = [(f"input at {layer.site.hf_modules[0]}", layer.input_amax) for layer in quantized_linears(chunks)]
+    inputs = [
+        (f"input at {layer.site.hf_modules[0]}", layer.input_amax)
+        for layer in quantized_linears(chunks)
+        if not layer.quantization.dynamic
+    ]
     return inputs + [(f"output at {name}", amax) for name, amax in _cache_buffers(chunks)]
 
 
@@ -247,7 +256,7 @@ def weight_scales(chunks: Sequence[torch.nn.Module]) -> dict[str, tuple[Tensor, 
 
 
 def input_amaxes(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
-    """Calibrated input amax by Hugging Face module name, for the layers on this rank."""
+    """Calibrated input amax by Hugging Face module name, for the layers on this rank; 0 where scales are dynamic."""
     return {name: layer.input_amax.item() for layer in quantized_linears(chunks) for name in layer.site.hf_modules}
 
 

@@ -81,7 +81,11 @@ def calibrate_and_export(rank: int, world: int, folder: Path, sizes: ParallelSiz
         chunks = build_model(description, config, context, **modules_for(recipe, description))
         load_weights(chunks, description, folder)
         tokens = options["tokens"]
-        calibrate(chunks, context, lambda: forward_hidden(chunks, list(torch.from_numpy(tokens).split(1))))
+
+        def forward() -> Any:
+            return forward_hidden(chunks, list(torch.from_numpy(tokens).split(1)))
+
+        calibrate(chunks, context, forward if recipe.settings.needs_data else None)
 
         def logits_of(model: list[CausalLM]) -> Tensor | None:
             return gathered_logits(model, context, tokens)

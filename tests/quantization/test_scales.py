@@ -209,6 +209,16 @@ def test_a_percentile_lowers_every_input_scale(number, model, run_ranks, tmp_pat
         ({"weight_scales": "fixed"}, "quantization.weight_scales=fixed is unknown"),
         ({"scale_lr": 1e-4}, "quantization.scale_lr=0.0001 trains nothing"),
         ({"scale_lr": -1.0, "weight_scales": "learned"}, "scale_lr=-1.0 must be above 0"),
+        (
+            {"activation_scales": "auto"},
+            "quantization.activation_scales=auto is unknown: choose one of static, dynamic",
+        ),
+        ({"activation_scales": "dynamic", "activations": "none"}, "activation_scales=dynamic has no effect"),
+        (
+            {"activation_scales": "dynamic", "weights": "mxfp8", "activations": "mxfp8", "formats": {"*": "mxfp4"}},
+            "activation_scales=dynamic has no effect",
+        ),
+        ({"activation_scales": "dynamic", "activation_percentile": 99.9}, "activation_scales=dynamic has none"),
         ({"activation_percentile": 101}, "activation_percentile=101 must be above 0 and at most 100"),
     ],
 )
