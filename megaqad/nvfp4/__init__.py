@@ -10,6 +10,7 @@ from megaqad.nvfp4.format import (
     row_amax,
     tensor_amax,
 )
+from megaqad.nvfp4.straight_through import straight_through
 
 __all__ = [
     "BLOCK_SIZE",
@@ -24,5 +25,6 @@ __all__ = [
     "global_scale_from_amax",
     "quantize",
     "row_amax",
+    "straight_through",
     "tensor_amax",
 ]

@@ -13,13 +13,14 @@ global scale for each row) ``torch`` does on every device. Nothing here waits fo
 import functools
 import importlib
 import importlib.util
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from megaqad.nvfp4 import reference, vectorized
 from megaqad.nvfp4.format import BLOCK_SIZE, NVFP4Tensor, check_quantizable
+from megaqad.nvfp4.straight_through import straight_through
 
 Impl = Literal["auto", "reference", "torch", "triton"]
 
@@ -114,10 +115,9 @@ def fake_quantize(x: Tensor, amax: Tensor | None = None, *, impl: Impl = "auto")
     Arguments, sharding and errors as in ``quantize``. The gradient reaches ``x`` also where a value saturated.
     """
     check_quantizable(x, amax)
-    if torch.is_grad_enabled() and x.requires_grad:
-        return cast(Tensor, _FakeQuantize.apply(x, amax, _implementation_for(impl, x, amax)))
     with torch.no_grad():  # an amax that is being learned gets its gradient from its own layer, not from here
-        return _implementation_for(impl, x, amax).fake_quantize(x, amax)
+        values = _implementation_for(impl, x, amax).fake_quantize(x, amax)
+    return straight_through(x, values) if torch.is_grad_enabled() and x.requires_grad else values
 
 
 @torch.no_grad()
@@ -129,15 +129,3 @@ def fake_quantize_packed(x: Tensor, amax: Tensor | None = None, *, impl: Impl = 
     """
     check_quantizable(x, amax)
     return _implementation_for(impl, x, amax).fake_quantize_packed(x, amax)
-
-
-class _FakeQuantize(torch.autograd.Function):
-    """Forward: fake quantization. Backward: the identity (straight-through estimator)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, amax: Tensor | None, implementation: Implementation) -> Tensor:
-        return implementation.fake_quantize(x, amax)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0], None, None

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from megaqad.models.families import LinearSite
-from megaqad.nvfp4 import row_amax, tensor_amax
+from megaqad.nvfp4 import row_amax, straight_through, tensor_amax
 from megaqad.quantization.formats import LinearFormat
-from megaqad.quantization.layers import EXPORT_DTYPE, QuantizerMode, straight_through
+from megaqad.quantization.layers import EXPORT_DTYPE, QuantizerMode
 from megaqad.quantization.numbers import number_format
 
 

@@ -48,6 +48,7 @@ from megaqad.nvfp4 import (
     fake_quantize_packed,
     quantize,
     row_amax,
+    straight_through,
     tensor_amax,
 )
 from megaqad.quantization.formats import LinearFormat
@@ -61,24 +62,6 @@ class QuantizerMode(Enum):
     OFF = "off"  # the BF16 layer
     CALIBRATE = "calibrate"  # the BF16 layer, recording the largest input
     ON = "on"  # the NVFP4 layer
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Forward: stand the quantized copy in for the weight. Backward: its gradient is the weight's."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, quantized: Tensor) -> Tensor:
-        return quantized.view_as(quantized)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-def straight_through(weight: Tensor, quantized: Tensor) -> Tensor:
-    """The values of ``quantized`` with their gradient handed to ``weight``."""
-    result: Tensor = _StraightThrough.apply(weight, quantized)
-    return result
 
 
 class _PackedFakeQuantize(torch.autograd.Function):

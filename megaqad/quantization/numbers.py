@@ -18,7 +18,6 @@ the float32 quotient, not from ``log2``, which is off by one next to a power of 
 
 from abc import ABC, abstractmethod
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,23 +63,9 @@ class NumberFormat(ABC):
 
     def round_input(self, x: Tensor, amax: Tensor) -> Tensor:
         """``input_values`` with the gradient passed straight through, also where a value saturated."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            rounded: Tensor = _StraightThrough.apply(x, amax, self)
-            return rounded
         with torch.no_grad():
-            return self.input_values(x, amax)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Forward: the values of an input in a format. Backward: the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, amax: Tensor, number_format: NumberFormat) -> Tensor:
-        return number_format.input_values(x, amax)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0], None, None
+            values = self.input_values(x, amax)
+        return nvfp4.straight_through(x, values) if torch.is_grad_enabled() and x.requires_grad else values
 
 
 class NVFP4(NumberFormat):
@@ -99,9 +84,6 @@ class NVFP4(NumberFormat):
         return nvfp4.fake_quantize(weight.detach().to(EXPORT_DTYPE).to(weight.dtype), amax)
 
     def input_values(self, x: Tensor, amax: Tensor) -> Tensor:
-        return nvfp4.fake_quantize(x, amax)
-
-    def round_input(self, x: Tensor, amax: Tensor) -> Tensor:
         return nvfp4.fake_quantize(x, amax)
 
 
