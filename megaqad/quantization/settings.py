@@ -70,7 +70,7 @@ class QuantizationSettings:
     weight_scales: str = "refreshed"
     """``refreshed``: chosen again at every step, as weights train. ``frozen``: as calibration chose them; weights that
     outgrow them saturate. ``learned``: trained too (LSQ), from what calibration chose. A quantized lm_head is always
-    refreshed, by its largest magnitudes."""
+    refreshed."""
 
     scale_lr: float | None = None
     """Peak learning rate of learned scales; they have no weight decay. None is 1e-4."""

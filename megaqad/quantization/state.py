@@ -30,6 +30,7 @@ from megaqad.quantization.layers import (
     QuantizedLinear,
     QuantizerMode,
 )
+from megaqad.quantization.quantizers import Quantizers
 from megaqad.quantization.recipe import Recipe
 from megaqad.quantization.scales import Scaling, percentile_of
 from megaqad.runtime.parallel import ParallelContext
@@ -47,12 +48,7 @@ def linear_for(recipe: Recipe, backend: str | None = None) -> LinearChoice:
     else:
         layers = {"column": NVFP4ColumnParallelLinear, "row": NVFP4RowParallelLinear}
 
-    settings = recipe.settings
-    scaling = Scaling(
-        calibration=cast(Method, settings.calibration),
-        weight_scales=settings.weight_scales,
-        activation_percentile=settings.activation_percentile,
-    )
+    scaling = _scaling_of(recipe)
 
     def choose(site: LinearSite) -> type | ModuleSpec:
         quantization = recipe.format_of(site.hf_modules)
@@ -63,6 +59,15 @@ def linear_for(recipe: Recipe, backend: str | None = None) -> LinearChoice:
         )
 
     return choose
+
+
+def _scaling_of(recipe: Recipe) -> Scaling:
+    settings = recipe.settings
+    return Scaling(
+        calibration=cast(Method, settings.calibration),
+        weight_scales=settings.weight_scales,
+        activation_percentile=settings.activation_percentile,
+    )
 
 
 class QuantizedModules(TypedDict):
@@ -91,16 +96,16 @@ def modules_for(recipe: Recipe, description: ModelDescription, backend: str | No
         site = head_site(description)
         quantization = recipe.format_of(site.hf_modules)
         if chunk.post_process and quantization is not None:
-            chunk.head_quantizer = HeadQuantizer(chunk.original_head, site, quantization)
+            chunk.head_quantizer = HeadQuantizer(chunk.original_head, site, quantization, _scaling_of(recipe))
 
     return QuantizedModules(linear_for=linear_for(recipe, backend), attention_core=attention, prepare=prepare)
 
 
-def quantized_linears(chunks: Sequence[torch.nn.Module]) -> Iterator[QuantizedLinear | HeadQuantizer]:
+def quantized_linears(chunks: Sequence[torch.nn.Module]) -> Iterator[Quantizers]:
     """The quantized layers on this rank, in model order; the head is the last."""
     for chunk in chunks:
         for module in chunk.modules():
-            if isinstance(module, QuantizedLinear | HeadQuantizer):
+            if isinstance(module, Quantizers):
                 yield module
 
 
@@ -174,9 +179,9 @@ def calibrate(
     set_mode(chunks, QuantizerMode.CALIBRATE)
     for _, amax in calibrated(chunks):
         amax.zero_()
-    for layer in quantized_linears(chunks):
-        if isinstance(layer, QuantizedLinear):
-            layer.input_counts = None
+    layers = list(quantized_linears(chunks))
+    for layer in layers:
+        layer.input_counts = None
     found = []
     if run_forward is not None:
         run_forward()
@@ -190,10 +195,9 @@ def calibrate(
                 "checkpoint and the calibration data"
             )
         buffer.copy_(_up_to_bfloat16(amax))
-    layers = [layer for layer in quantized_linears(chunks) if isinstance(layer, QuantizedLinear)]
     for layer in layers:
         _apply_percentile(layer, context)
-    _choose_scales(layers, context)
+    _choose_scales([layer for layer in layers if isinstance(layer, QuantizedLinear)], context)
     refresh_weights(chunks, context)
     set_mode(chunks, QuantizerMode.ON)
 
@@ -219,7 +223,7 @@ def _cache_buffers(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Ten
         yield from zip(cache.hf_modules, (cache.key_amax, cache.value_amax), strict=True)
 
 
-def _apply_percentile(layer: QuantizedLinear, context: ParallelContext) -> None:
+def _apply_percentile(layer: Quantizers, context: ParallelContext) -> None:
     """Lower the input amax to the percentile. Collectives: two sums of counts where a layer has them."""
     if layer.input_counts is None:
         return
@@ -246,13 +250,8 @@ def _choose_scales(layers: Sequence[QuantizedLinear], context: ParallelContext) 
 
 
 def weight_scales(chunks: Sequence[torch.nn.Module]) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """What each quantized layer's copy was quantized with (``scales``), by its first Hugging Face module; the head's
-    scales are always its weight's own."""
-    return {
-        layer.site.hf_modules[0]: layer.scales
-        for layer in quantized_linears(chunks)
-        if isinstance(layer, QuantizedLinear)
-    }
+    """What each quantized layer's copy was quantized with (``scales``), by its first Hugging Face module."""
+    return {layer.site.hf_modules[0]: layer.scales for layer in quantized_linears(chunks)}
 
 
 def input_amaxes(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:

@@ -21,10 +21,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from megaqad.nvfp4 import fake_quantize, tensor_amax
+from megaqad.nvfp4 import fake_quantize
 from megaqad.quantization.layers import QuantizedLinear, QuantizerMode
 
 RECIPE = {
@@ -73,7 +72,7 @@ class TransformerEngineLinear(QuantizedLinear):
         """Shapes, sharding and collectives as in Megatron-Core's layer."""
         on = self.mode is QuantizerMode.ON
         if self.mode is QuantizerMode.CALIBRATE:
-            self.input_amax.copy_(torch.maximum(self.input_amax, tensor_amax(x.detach())))
+            self.observe(x)
         # Megatron's wrapper hands this to Transformer Engine, which keeps a quantized weight while it is False.
         self.is_first_microbatch = self._weight_is_new
         with self.autocast(on):
