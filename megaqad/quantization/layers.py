@@ -122,13 +122,15 @@ class QuantizedLinear(Quantizers):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.set_up(site, quantization, scaling)
-        if site.parallel == "row" and self.tp_group.size() > 1:
-            self.input_group = self.tp_group
         if self.scaling.stored:
             self._make_scales()
 
     def current_weight(self) -> Tensor:
         return self.weight
+
+    @property
+    def input_group(self) -> torch.distributed.ProcessGroup | None:
+        return self.tp_group if self.site.parallel == "row" and self.tp_group.size() > 1 else None
 
     def _make_scales(self) -> None:
         """Room for the scales that are state: parameters when learned, buffers when frozen."""
@@ -159,7 +161,7 @@ class QuantizedLinear(Quantizers):
         self.weight_amax.copy_(chosen)
         self.weight_block_amax.copy_(blocks)
 
-    def weight_scales(self, amax: Tensor) -> tuple[Tensor, Tensor | None]:
+    def weight_scales(self, amax: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """As in ``Quantizers``, or the ones that are state."""
         if not self.scaling.stored:
             return super().weight_scales(amax)

@@ -37,7 +37,6 @@ class Quantizers(torch.nn.Module):
             identical on all tensor- and data-parallel ranks. Stays 0 where input scales are dynamic.
         input_counts: while it calibrates a percentile, how often each magnitude was seen (``count_magnitudes``).
         mode: what forward does with the quantizers.
-        input_group: the ranks that hold the parts of one token's input; None when this rank holds all of it.
     """
 
     site: LinearSite
@@ -45,7 +44,6 @@ class Quantizers(torch.nn.Module):
     mode: QuantizerMode
     input_amax: Tensor
     input_counts: Tensor | None
-    input_group: dist.ProcessGroup | None
 
     def set_up(self, site: LinearSite, quantization: LinearFormat, scaling: Scaling) -> None:
         """Quantizers off, nothing calibrated."""
@@ -54,7 +52,6 @@ class Quantizers(torch.nn.Module):
         self._scaling = scaling
         self.mode = QuantizerMode.OFF
         self.input_counts = None
-        self.input_group = None
         self.register_buffer("input_amax", torch.zeros((), dtype=torch.float32, device=self.current_weight().device))
         self._quantized_weight: Tensor | None = None
         self._scales: tuple[Tensor, Tensor | None] | None = None
@@ -63,6 +60,11 @@ class Quantizers(torch.nn.Module):
         """The trained weight, this rank's shard [N, K], in its own dtype; asked every time, since DDP moves parameters
         into buffers of its own."""
         raise NotImplementedError
+
+    @property
+    def input_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the parts of one token's input; None when this rank holds all of it."""
+        return None
 
     @property
     def scaling(self) -> Scaling:
@@ -88,8 +90,9 @@ class Quantizers(torch.nn.Module):
         if not self.quantization.dynamic:
             return self.input_amax
         amax = row_amax(x)
-        if self.input_group is not None:
-            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.input_group)
+        group = self.input_group
+        if group is not None:
+            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
         return amax
 
     def export_weight(self) -> Tensor:
@@ -107,24 +110,24 @@ class Quantizers(torch.nn.Module):
         assert self._scales is not None, "refresh_weights() must run first"
         return self._scales
 
-    def weight_scales(self, amax: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The scales of the coming quantized copy. ``amax``: float32 [], the maximum over all shards."""
+    def weight_scales(self, amax: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The scales of the coming quantized copy. ``amax``: as for ``set_quantized_weight``."""
+        assert amax is not None, "only scales that are state need no amax"
         if self.scaling.calibration == "max":
             return amax, None
         return choose_scales(self.export_weight(), amax, self.scaling.calibration)
 
     @torch.no_grad()
-    def set_quantized_weight(self, amax: Tensor) -> None:
-        """Quantize the weight for the coming forwards. ``amax``: float32 [], the maximum over all shards."""
-        self._scales = self.weight_scales(amax)
-        amax, block_amax = self._scales
+    def set_quantized_weight(self, amax: Tensor | None) -> None:
+        """Quantize the weight for the coming forwards. ``amax``: float32 [], the maximum over all shards; None where
+        scales are state."""
+        self._scales = chosen, block_amax = self.weight_scales(amax)
         weight = self.current_weight()
         if block_amax is None:
-            self._quantized_weight = number_format(self.quantization.weights).round_weight(weight, amax)
+            self._quantized_weight = number_format(self.quantization.weights).round_weight(weight, chosen)
         else:
-            self._quantized_weight = dequantize(
-                quantize(self.export_weight(), amax, block_amax=block_amax), weight.dtype
-            )
+            packed = quantize(self.export_weight(), chosen, block_amax=block_amax)
+            self._quantized_weight = dequantize(packed, weight.dtype)
 
     @property
     def quantized_weight(self) -> Tensor:

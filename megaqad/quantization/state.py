@@ -140,12 +140,14 @@ def _maximum(values: list[Tensor], groups: Sequence[dist.ProcessGroup]) -> list[
 def refresh_weights(chunks: Sequence[torch.nn.Module], context: ParallelContext) -> None:
     """Quantize every weight for the coming forwards; call after loading and after each optimizer step.
 
-    Collective: one all-reduce (maximum) over the tensor-parallel group.
+    Collective: one all-reduce (maximum) over the tensor-parallel group, if the scales of any layer follow its weight.
     """
     layers = list(quantized_linears(chunks))
-    amaxes = _maximum([layer.largest_weight() for layer in layers], [context.tensor_group])
-    for layer, amax in zip(layers, amaxes, strict=True):
-        layer.set_quantized_weight(amax)
+    following = [layer for layer in layers if not layer.scaling.stored]
+    amaxes = _maximum([layer.largest_weight() for layer in following], [context.tensor_group])
+    found = dict(zip(following, amaxes, strict=True))
+    for layer in layers:
+        layer.set_quantized_weight(found.get(layer))
 
 
 @torch.no_grad()
