@@ -57,6 +57,11 @@ class Client:
         return DYNAMIC_LAYOUTS.get(algorithm, LAYOUTS[algorithm]) if self.dynamic else LAYOUTS[algorithm]
 
     @property
+    def has_cache_scales(self) -> bool:
+        """Whether keys and values have scales; a quantized cache that has none is under a scale of 1."""
+        return self.kv_cache is not None and any(name in self.files for name in _cache_scales(self))
+
+    @property
     def rounds_activations(self) -> bool:
         """Whether anything but weights is rounded: inputs of linears, keys and values."""
         return self.kv_cache is not None or any(self.layout(name).round_input for name in self.algorithms)
@@ -219,7 +224,7 @@ def _expected_tensors(client: Client) -> dict[str, tuple[torch.dtype, tuple[int,
         rows, inputs = parameter.shape
         for ending, (dtype, covers) in client.layout(module).tensors.items():
             expected[f"{module}.{ending}"] = (dtype, (rows, inputs // covers) if covers else ())
-    if client.kv_cache is not None:
+    if client.has_cache_scales:
         expected |= dict.fromkeys(_cache_scales(client), (torch.float32, ()))
     return expected
 
@@ -309,10 +314,17 @@ def check_input_scales(client: Client, input_amax: Mapping[str, float]) -> None:
 
 
 def check_cache_scales(client: Client, cache_amax: Mapping[str, float]) -> None:
-    """The same for keys and values."""
-    if client.kv_cache is not None:
-        for name, module in _cache_scales(client).items():
+    """The same for keys and values; without stored scales, that the student's are 1 too."""
+    if client.kv_cache is None:
+        return
+    for name, module in _cache_scales(client).items():
+        if client.has_cache_scales:
             _check_scale(client, name, cache_amax.get(module), 448.0, "output")
+        elif cache_amax.get(module) != 448.0:
+            raise VerificationError(
+                f"{client.folder}: tensor {name} is missing, which means a scale of 1, while the student's amax is "
+                f"{cache_amax.get(module)!r}; export again"
+            )
 
 
 def _check_scale(client: Client, name: str, amax: float | None, largest: float, what: str) -> None:
@@ -370,7 +382,11 @@ def _round_cache(client: Client, model: nn.Module) -> None:
     divisor = (
         LAYOUTS[client.kv_cache].range / 448.0
     )  # the file's scale leaves the range of four-bit codes to the engine
-    scales = {module: client.tensor(name) / divisor for name, module in _cache_scales(client).items()}
+    one = torch.ones(())
+    scales = {
+        module: (client.tensor(name) if client.has_cache_scales else one) / divisor
+        for name, module in _cache_scales(client).items()
+    }
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         assert rounding is not None

@@ -11,7 +11,7 @@ A quantized linear of shape [N, K] becomes several tensors; everything else keep
 Four-bit codes lie two to a byte, the even element in the low nibble; block scales row-major. Per-tensor scales are
 amax / 2688 (NVFP4) or amax / 448 (FP8), the same for q, k, v and for gate, up; weight-only NVFP4 has no input scale. A
 quantized KV cache adds ``k_proj.k_scale`` and ``v_proj.v_scale``, float32 []: amax / 448 for NVFP4 as well, where
-engines put the range of four-bit codes in themselves.
+engines put the range of four-bit codes in themselves. Caches under a scale of 1 have none: engines take 1 then.
 
 With dynamic input scales (``quantization.activation_scales``) there is no ``input_scale``, and both configuration files
 say ``activation_scheme: dynamic`` beside ModelOpt's keys, the contract that vLLM's pull request 49715 proposes;
@@ -46,7 +46,7 @@ from megaqad.models.hf_files import MAX_FILE_BYTES, HfFiles
 from megaqad.models.hf_writer import Piece, stream_pieces, written_rows
 from megaqad.models.sharding import local_parameters, take_parts
 from megaqad.nvfp4 import global_scale_from_amax, quantize, tensor_amax
-from megaqad.quantization.formats import FORMATS, LinearFormat
+from megaqad.quantization.formats import FORMATS, LinearFormat, cache_number, calibrates_cache
 from megaqad.quantization.numbers import EXPORT_DTYPE, fp8_scale, number_format
 from megaqad.quantization.recipe import HEAD
 from megaqad.quantization.state import weight_scales
@@ -74,7 +74,7 @@ class Quantization:
     input_amax: Mapping[str, float] = field(default_factory=dict)
     """Largest calibrated input by module name, for at least the modules on this rank whose format calibrates it."""
     kv_cache: str = "none"
-    """``none``, ``fp8`` or ``nvfp4``."""
+    """A member of ``formats.KV_CACHE``."""
     cache_amax: Mapping[str, float] = field(default_factory=dict)
     """Largest calibrated key by ``k_proj`` module name and value by ``v_proj``'s, for this rank's layers at least."""
 
@@ -133,7 +133,7 @@ class QuantizedConversion:
 
     def _cache_parts(self, placed: PlacedRow) -> list[tuple[str, str]]:
         """(name of the scale, module whose outputs it scales) of the keys and values that this row's layer makes."""
-        if self.quantization.kv_cache == "none" or placed.row.role != "qkv":
+        if not calibrates_cache(self.quantization.kv_cache) or placed.row.role != "qkv":
             return []
         _, key, value = (part.module for part in placed.parts)
         return [(f"{key}.k_scale", key), (f"{value}.v_scale", value)]
@@ -246,7 +246,7 @@ def _unfit(part: HfTensor, shard: Tensor, conversion: QuantizedConversion) -> st
         amax = quantization.input_amax.get(part.module, 0.0)
         if not 0.0 < amax < float("inf"):
             return f"{part.module} has a largest calibrated input of {amax}; calibrate the model before export"
-    if quantization.kv_cache != "none" and part.module.endswith((".k_proj", ".v_proj")):
+    if calibrates_cache(quantization.kv_cache) and part.module.endswith((".k_proj", ".v_proj")):
         amax = quantization.cache_amax.get(part.module, 0.0)
         if not 0.0 < amax < float("inf"):
             return f"{part.module} has a largest calibrated output of {amax}; calibrate the model before export"
@@ -295,9 +295,10 @@ def config_files(
     }
     if "quantized_layers" in details:
         config["quantization_config"]["quantized_layers"] = layers
-    if kv_cache != "none":
-        config["quantization_config"]["kv_cache_scheme"] = KV_SCHEMES[kv_cache]
-    kv_algorithm = None if kv_cache == "none" else kv_cache.upper()
+    number = cache_number(kv_cache)
+    if number is not None:
+        config["quantization_config"]["kv_cache_scheme"] = KV_SCHEMES[number]
+    kv_algorithm = None if number is None else number.upper()
     details = {"kv_cache_quant_algo": kv_algorithm, **details, **scheme}
     return {"config.json": config, "hf_quant_config.json": {"producer": LAYOUT, "quantization": details}}
 

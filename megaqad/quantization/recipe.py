@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from megaqad.errors import UserError
 from megaqad.models.description import ModelDescription
 from megaqad.models.families import LinearSite, contraction_sizes, head_site, linear_modules, linear_sites
-from megaqad.quantization.formats import CHOICES, FORMATS, LinearFormat
+from megaqad.quantization.formats import CHOICES, FORMATS, LinearFormat, cache_number
 from megaqad.quantization.settings import QuantizationSettings
 
 HEAD = "lm_head"
@@ -118,7 +118,7 @@ class Recipe:
 
     @property
     def kv_cache(self) -> str:
-        """``none``, ``fp8`` or ``nvfp4``."""
+        """A member of ``KV_CACHE``."""
         return self.settings.kv_cache
 
     @property
@@ -173,10 +173,10 @@ def recipe_for(settings: QuantizationSettings, description: ModelDescription, te
             "lm_head shares its weight with the embedding in this model, which engines look up in BF16: "
             "add 'lm_head' to quantization.exclude"
         )
-    if recipe.kv_cache == "nvfp4" and description.head_dim % FORMATS["nvfp4"].block:
+    if cache_number(recipe.kv_cache) == "nvfp4" and description.head_dim % FORMATS["nvfp4"].block:
         raise UserError(
-            f"quantization.kv_cache=nvfp4 needs heads of a multiple of 16, this model's head_dim is "
-            f"{description.head_dim}: set quantization.kv_cache=fp8"
+            f"quantization.kv_cache={recipe.kv_cache} needs heads of a multiple of 16, this model's head_dim is "
+            f"{description.head_dim}: set quantization.kv_cache={recipe.kv_cache.replace('nvfp4', 'fp8')}"
         )
     if recipe.enabled and not recipe.quantized_modules():
         raise UserError("the recipe quantizes no module: widen quantization.include, or say quantization=none")

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from megaqad.errors import UserError
 from megaqad.quantization.allocation import BF16_BITS, NVFP4_BITS
-from megaqad.quantization.formats import CHOICES, FORMATS, KV_CACHE, WEIGHT_ONLY, LinearFormat
+from megaqad.quantization.formats import CHOICES, FORMATS, KV_CACHE, WEIGHT_ONLY, LinearFormat, calibrates_cache
 
 MISFITS = ("error", "keep")
 Backend = Literal["emulated", "transformer_engine"]
@@ -45,7 +45,8 @@ class QuantizationSettings:
 
     kv_cache: str = "none"
     """Format in which the engine keeps keys and values, and attention computes here: ``none`` (BF16), ``fp8``,
-    ``nvfp4``."""
+    ``nvfp4``, with scales from calibration; ``fp8_cast``, ``nvfp4_cast`` with a scale of 1, which engines take where an
+    export holds none (ModelOpt's ``*_cast`` recipes): magnitudes up to 448 are kept, without calibration."""
 
     on_misfit: str = "error"
     """A layer whose inputs (of one rank) do not divide into the format's blocks: ``error``, or ``keep`` it in BF16."""
@@ -97,7 +98,7 @@ class QuantizationSettings:
     @property
     def needs_data(self) -> bool:
         """Whether scales come from calibration data: of inputs, unless dynamic, or of the KV cache."""
-        return self.weights != "none" and (self.kv_cache != "none" or self.activation_scales == "static")
+        return self.weights != "none" and (calibrates_cache(self.kv_cache) or self.activation_scales == "static")
 
     def __post_init__(self) -> None:
         self._check_scales()

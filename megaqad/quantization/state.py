@@ -4,7 +4,7 @@ Every scale is a maximum over all ranks that hold a part of the tensor, so a mod
 The maxima of all layers travel in one all-reduce, not one per layer.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict, cast
 
@@ -211,17 +211,18 @@ def calibrated(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, Tensor]]:
         for layer in quantized_linears(chunks)
         if not layer.quantization.dynamic
     ]
-    return inputs + [(f"output at {name}", amax) for name, amax in _cache_buffers(chunks)]
+    caches = [cache for cache in quantized_caches(chunks) if cache.calibrates]
+    return inputs + [(f"output at {name}", amax) for name, amax in _cache_buffers(caches)]
 
 
 def cache_amaxes(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
-    """Calibrated largest key by ``k_proj`` module name and value by ``v_proj``'s, for the layers on this rank."""
-    return {name: amax.item() for name, amax in _cache_buffers(chunks)}
+    """Largest key by ``k_proj`` module name and value by ``v_proj``'s, for the layers on this rank."""
+    return {name: amax.item() for name, amax in _cache_buffers(quantized_caches(chunks))}
 
 
-def _cache_buffers(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    """(module whose outputs it is of, float32 [] buffer) of every calibrated largest key and value on this rank."""
-    for cache in quantized_caches(chunks):
+def _cache_buffers(caches: Iterable[QuantizedCausalAttention]) -> Iterator[tuple[str, Tensor]]:
+    """(module whose outputs it is of, float32 [] buffer) of every largest key and value."""
+    for cache in caches:
         yield from zip(cache.hf_modules, (cache.key_amax, cache.value_amax), strict=True)
 
 

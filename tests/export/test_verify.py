@@ -96,6 +96,8 @@ def test_a_good_export_passes(export: Export, tmp_path: Path) -> None:
         ("llama", {"exclude": [], "formats": {"*.self_attn.*": "fp8", "lm_head": "fp8"}}),
         ("llama", {"exclude": [], "kv_cache": "fp8"}),
         ("mistral", {"kv_cache": "nvfp4", "activations": "none"}),
+        ("qwen3", {"kv_cache": "fp8_cast"}),
+        ("mistral", {"kv_cache": "nvfp4_cast", "activation_scales": "dynamic"}),
         ("qwen3", {"activation_scales": "dynamic"}),
         ("llama", {"activation_scales": "dynamic", "exclude": [], "formats": {"*_proj": "fp8"}, "kv_cache": "fp8"}),
         (
@@ -238,6 +240,17 @@ def rewrite_json(folder: Path, name: str, change: Callable[[dict], Any]) -> None
 def test_contradicting_settings_are_found(export: Export, name: str, change: Callable, words: list[str]) -> None:
     rewrite_json(export.folder, name, change)
     refused(export, *words)
+
+
+def test_a_cache_without_scales_is_under_a_scale_of_one(tmp_path: Path) -> None:
+    export = exported("llama", tmp_path, ParallelSizes(), kv_cache="fp8", activations="none")
+    check(export)
+    names = [name for name in load_file(export.folder / WEIGHTS) if name.endswith(("k_scale", "v_scale"))]
+    assert len(names) == 2 * 4
+    rewrite(export.folder, lambda tensors: [tensors.pop(name) for name in names[1:]])
+    refused(export, "_scale is missing (7 in all)")
+    rewrite(export.folder, lambda tensors: tensors.pop(names[0]))
+    refused(export, "k_scale is missing, which means a scale of 1")
 
 
 def test_dynamic_scales_are_said_in_both_files_and_stored_in_none(tmp_path: Path) -> None:
