@@ -64,7 +64,8 @@ def translate(name: str, base: QuantizationSettings, description: ModelDescripti
     algorithm = content["quantize"].get("algorithm")
     method = algorithm.get("method") if isinstance(algorithm, Mapping) else algorithm
     if method not in (None, "max"):
-        raise UserError(f"quantization={name}: quantize.algorithm={method} is not supported, only max")
+        instead = "; take its max counterpart with quantization.calibration=mse" if method == "mse" else ""
+        raise UserError(f"quantization={name}: quantize.algorithm={method} is not supported, only max{instead}")
     quantizers = _Quantizers(name, rules)
     chosen = {module: quantizers.linear(module) for module in [*linear_modules(description), HEAD]}
     caches = {quantizers.cache(f"model.layers.{layer}.self_attn") for layer in range(description.num_layers)}

@@ -45,7 +45,7 @@ REASONS = {
     "general/ptq/mxfp4_mlp_weight_only": "no reader could tell whether to round inputs",
     "general/ptq/nvfp4_experts_only-kv_fp8": "quantizes no linear module of this model",
     "general/ptq/nvfp4_mlp_weight_only": "block_sizes={-1: 32}, which is not supported",
-    "general/ptq/nvfp4_mlp_only_mse-kv_fp8_cast": "quantize.algorithm=mse is not supported",
+    "general/ptq/nvfp4_mlp_only_mse-kv_fp8_cast": "take its max counterpart with quantization.calibration=mse",
 }
 """Why some of these are refused; the others are refused in one line as well."""
 
