@@ -16,8 +16,8 @@ engines put the range of four-bit codes in themselves. Caches under a scale of 1
 With dynamic input scales (``quantization.activation_scales``) there is no ``input_scale``, and both configuration files
 say ``activation_scheme: dynamic`` beside ModelOpt's keys, the contract that vLLM's pull request 49715 proposes;
 ``config_groups`` say it in their own words. TensorRT-LLM reads such files: where the scale is missing it takes one
-from the tensor of each call. vLLM 0.33 leaves the missing scale uninitialized, and SGLang takes 1.0: both need
-calibrated ones.
+from the tensor of each call. vLLM 0.33 and SGLang make room for the scale and use what is there when none comes (memory
+as it was, or 1.0), so they need calibrated ones.
 
 Each rank quantizes its own shard. With the amax taken over all ranks and over the modules that engines fuse, the
 shards' bytes are the bytes of the whole, cut; what is gathered is 4.5 bits per NVFP4 weight instead of 16. Weights are
