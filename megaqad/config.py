@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megaqad.data.settings import DataSettings
-from megaqad.distill_settings import TEACHERS, DistillSettings, check_teacher
+from megaqad.distill_settings import TEACHERS, DistillSettings, check_self_teacher, check_teacher
 from megaqad.errors import UserError
 from megaqad.models.checks import check_checkpoint, check_layout, check_sequence_length
 from megaqad.models.description import ModelDescription, describe_model
@@ -38,6 +38,7 @@ from megaqad.runtime.sizes import ParallelSizes
 BUNDLED_TEACHER = Path(__file__).parent / "assets" / "teacher"
 DTYPES = ("bfloat16", "float32")
 EXPORT_FORMATS = ("modelopt",)
+COMMANDS_THAT_DISTILL = ("demo", "recover", "distill")
 COMMANDS_WITH_DATA = ("demo", "recover", "quantize", "distill", "evaluate", "pretrain")
 PATH_SETTINGS = ("model", "output_dir", "tokens", "student", "distill.teacher", "distill.cache")
 MADE_BY_RECIPE = tuple(
@@ -403,6 +404,8 @@ def check_settings(command: str, settings: Settings) -> ModelDescription:
     if settings.distill.teacher not in TEACHERS:
         check_sequence_length(describe_model(settings.teacher_dir), settings.train.sequence_length, settings.sizes)
     check_teacher(settings.distill, description, settings.model_dir, settings.sizes)
+    if command in COMMANDS_THAT_DISTILL:
+        check_self_teacher(settings.distill, description, settings.train.trainable)
     return description
 
 

@@ -4,12 +4,15 @@ No torch here, so that a mistake is refused within milliseconds.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megaqad.errors import UserError
 from megaqad.models.checks import check_checkpoint, check_layout, check_vocabularies
 from megaqad.models.description import ModelDescription, describe_model
+from megaqad.models.families import placed_rows
+from megaqad.models.trainable import trains
 from megaqad.runtime.sizes import ParallelSizes
 
 OBJECTIVES = ("qad", "qat")
@@ -82,6 +85,12 @@ class DistillSettings:
         if not 0 <= self.hidden.weight < math.inf:
             raise UserError(f"distill.hidden.weight={self.hidden.weight} must be a number from 0 up")
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any part of the loss compares with a teacher."""
+        parts = [name for name, weight in self.loss.items() if weight] or ["forward_kl"]
+        return self.objective == "qad" and (self.hidden.weight > 0 or parts != ["cross_entropy"])
+
 
 def check_teacher(distill: DistillSettings, student: ModelDescription, model_dir: Path, sizes: ParallelSizes) -> None:
     """Whether the teacher can teach this student, layer by layer where asked for.
@@ -112,4 +121,23 @@ def check_teacher(distill: DistillSettings, student: ModelDescription, model_dir
         if not 0 <= layer < student.num_layers:
             raise UserError(
                 f"distill.hidden.layers has {layer}: the student's layers are 0 to {student.num_layers - 1}"
+            )
+
+
+def check_self_teacher(distill: DistillSettings, student: ModelDescription, trainable: Sequence[str]) -> None:
+    """Whether a student that is its own teacher leaves the teacher as it is.
+
+    Args:
+        trainable: the patterns of ``train.trainable``.
+
+    Raises:
+        UserError: a weight is trained; the message names the first.
+    """
+    if distill.teacher != "self" or not distill.needs_teacher:
+        return
+    for placed in placed_rows(student):
+        if trains(placed, trainable):
+            raise UserError(
+                f"distill.teacher=self needs weights that stay as they are, but {placed.parts[0].name} is trained: set "
+                "train.trainable=[scales], or distill.teacher=model"
             )

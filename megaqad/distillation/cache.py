@@ -9,7 +9,9 @@ interruption) is computed by the teacher and added. A file is written under anot
 not there. A sequence of 4096 tokens of a model 4096 wide takes 32 MiB in BF16.
 
 With the teacher's output head the hidden states give its exact logits again, so training from the cache is training
-from the teacher bit for bit, in the layout that made the cache; another layout's teacher would differ in the last bits.
+from the teacher bit for bit, in every layout of the same tensor-parallel and micro-batch size: pipeline stages,
+interleaving, data parallelism and sequence parallelism may differ. A teacher divided by another tensor-parallel size
+sums in another order and would itself differ in the last bits.
 """
 
 import hashlib

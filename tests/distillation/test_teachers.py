@@ -73,6 +73,31 @@ def test_from_the_cache_as_from_the_teacher_bit_for_bit(models, run_ranks, tmp_p
     assert differences(trained[0], trained[2]) == []
 
 
+OTHER_LAYOUTS = {
+    "written by one rank, read by pipeline 2 x data 2, interleaved": (
+        (1, []),
+        (4, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.data=2"]),
+    ),
+    "written by tensor 2, read by tensor 2 x pipeline 2, sequence": (
+        (2, ["parallel.tensor=2"]),
+        (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("layouts", OTHER_LAYOUTS)
+def test_bit_for_bit_in_another_layout_than_it_was_written_in(models, run_ranks, tmp_path, layouts):
+    """Of one tensor-parallel size: another divides the teacher's sums, live as in the cache."""
+    (writers, writing), (readers, reading) = OTHER_LAYOUTS[layouts]
+    teacher, cached = f"distill.teacher={models[1]}", f"distill.cache={tmp_path / 'cache'}"
+    run_ranks(writers, train_curve, run_of(models, tmp_path / "made", teacher, cached, *writing))
+    live = run_ranks(readers, train_curve, run_of(models, tmp_path / "live", teacher, *reading))[0]
+    read = run_ranks(readers, without_teacher, run_of(models, tmp_path / "read", teacher, cached, *reading))[0]
+    assert torch.equal(losses(read), losses(live))
+    trained = [whole_tensors(tmp_path / name / "checkpoints" / "step_00000003") for name in ("live", "read")]
+    assert differences(*trained) == []
+
+
 def test_a_cache_fits_every_layout_and_mends_itself(models, run_ranks, tmp_path):
     options = ["quantization=none", f"distill.teacher={models[1]}", f"distill.cache={tmp_path / 'cache'}"]
     expected = run_ranks(1, train_curve, run_of(models, tmp_path / "one", *options))[0]
@@ -109,7 +134,10 @@ def test_the_original_model_cached_in_the_run(models, run_ranks, tmp_path):
 def test_a_cache_of_something_else_is_refused(models, run_ranks, tmp_path):
     options = ["quantization=none", "train.steps=1", f"distill.cache={tmp_path / 'cache'}"]
     assert run_ranks(1, distill, [*SMALL_RUN, *run_of(models, tmp_path / "one", *options)])[0] is None
+    renamed = shutil.copytree(models[0], tmp_path / "renamed")
+    (renamed / "tokenizer.json").write_text("{}")  # the same weights, read as other words
     for name, change, said in (
+        ("tokenizer", f"model={renamed}", "another tokenizer (its files differ)"),
         ("data", "data.max_train_tokens=290", "other data (the training tokens differ)"),
         ("teacher", f"distill.teacher={models[1]}", "another teacher"),
         ("length", "train.sequence_length=16", "sequence_length=32, this run has 16"),

@@ -157,10 +157,17 @@ def test_only_the_gradients_asked_for_are_computed(impl: str, hidden_grad: bool,
 @pytest.mark.parametrize("impl", FAST_IMPLEMENTATIONS)
 def test_ignored_tokens_leave_the_products(impl: str) -> None:
     heads = make_heads(tokens=300)
-    with mock.patch.object(gemm, "logits_", wraps=gemm.logits_) as logits:
-        call(heads, impl=impl)
+    with (
+        mock.patch.object(gemm, "logits_", wraps=gemm.logits_) as logits,
+        mock.patch.object(gemm, "hidden_gradient", wraps=gemm.hidden_gradient) as into_hidden,
+        mock.patch.object(gemm, "accumulate_head_gradient_", wraps=gemm.accumulate_head_gradient_) as into_head,
+    ):
+        _, loss, _ = call(heads, impl=impl)
+        loss.backward()
     rows = [made.args[1].shape[0] for made in logits.call_args_list]
     assert sum(rows) == 2 * int((heads.weights != 0).sum()) == 400
+    assert sum(made.args[0].shape[0] for made in into_hidden.call_args_list) == 200
+    assert sum(made.args[1].shape[0] for made in into_head.call_args_list) == 200
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
