@@ -30,6 +30,7 @@ from megaqad.models.trainable import check_trainable
 from megaqad.quantization.backend import check_backend
 from megaqad.quantization.modelopt_recipe import is_modelopt_recipe, translate
 from megaqad.quantization.recipe import HEAD, recipe_for
+from megaqad.quantization.recipe_file import is_own_recipe, read_recipe_file
 from megaqad.quantization.settings import QuantizationSettings, suggestion
 from megaqad.runtime.duration import seconds_of
 from megaqad.runtime.sizes import ParallelSizes
@@ -44,6 +45,8 @@ MADE_BY_RECIPE = tuple(
     f"quantization.{name}" for name in ("weights", "activations", "include", "exclude", "formats", "kv_cache")
 )
 """Settings that a ModelOpt recipe makes."""
+RECIPE_FILE = "recipe_file"
+"""Name in Hydra's group ``quantization`` of the recipe file that the command line gives."""
 _QUOTED_KEY = re.compile(r"""(["'])(.+?)\1\s*:""")
 WANDB_MODES = ("offline", "online", "disabled")
 NOT_FOR_USERS = ("full_key:", "object_type=", "reference_type=", "See ", "To append to your config")
@@ -266,7 +269,7 @@ def load_settings(overrides: Sequence[str]) -> Settings:
         UserError: an unknown key or group, a value of the wrong type, a required setting missing.
     """
     ConfigStore.instance().store(name="settings", node=_schema())
-    recipe, overrides = _without_modelopt_recipe(overrides)
+    recipe, overrides = _without_modelopt_recipe([_with_recipe_file(override) for override in overrides])
     expanded = [part for override in overrides for part in _plain_paths(override)]
     try:
         with initialize_config_dir(config_dir=str(conf_dir().resolve()), version_base="1.3"):
@@ -278,6 +281,15 @@ def load_settings(overrides: Sequence[str]) -> Settings:
         raise UserError(f"{name} is no setting (megaqad <command> --help lists the settings)") from error
     assert isinstance(settings, Settings)
     return settings if recipe is None else _with_modelopt_recipe(settings, recipe)
+
+
+def _with_recipe_file(override: str) -> str:
+    """``quantization=<file>`` by the name under which Hydra then knows the file; other overrides as they are."""
+    key, _, value = override.partition("=")
+    if key != "quantization" or not is_own_recipe(value):
+        return override
+    ConfigStore.instance().store(group="quantization", name=RECIPE_FILE, node=read_recipe_file(value))
+    return f"quantization={RECIPE_FILE}"
 
 
 def _without_modelopt_recipe(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -292,7 +304,7 @@ def _without_modelopt_recipe(overrides: Sequence[str]) -> tuple[str | None, list
         key, _, value = override.partition("=")
         if key == "quantization":
             found = value if is_modelopt_recipe(value) else None
-            if found is None and value not in recipes:
+            if found is None and value not in (*recipes, RECIPE_FILE):
                 raise UserError(f"quantization={value} is no recipe: {suggestion(value, recipes)}")
         kept.append("quantization=none" if key == "quantization" and found is not None else override)
     made = [override for override in kept if override.partition("=")[0] in MADE_BY_RECIPE]

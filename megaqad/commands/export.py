@@ -31,3 +31,8 @@ def write_export(session: Session, student: list[CausalLM]) -> None:
         quantization=Quantization(recipe.formats, input_amaxes(student), recipe.kv_cache, cache_amaxes(student)),
     )
     session.terminal.say(f"exported {len(recipe.formats)} quantized layers to {target}")
+    if any(chosen.dynamic for chosen in recipe.formats.values()):
+        session.terminal.say(
+            "it holds no input scales: TensorRT-LLM takes them from the inputs; vLLM and SGLang need "
+            "quantization.activation_scales=static"
+        )

@@ -13,7 +13,7 @@ from megaqad.config import Settings
 from megaqad.errors import UserError
 from megaqad.models.description import describe_model
 from megaqad.models.families import hf_tensors
-from megaqad.quantization.allocation import GroupKL
+from megaqad.quantization.allocation import BF16, GroupKL
 from megaqad.quantization.choice import read_choice
 from megaqad.report import (
     Column,
@@ -88,9 +88,11 @@ def _facts(settings: Settings, seconds: float, command: list[str]) -> RunFacts:
             f"{found['tokens']} tokens to a relative error of {found['relative_error']:.1e}",
         )
     sizes = hf_tensors(description).values()
-    kept = list(settings.quantization.exclude)
+    kept, in_fp8 = list(settings.quantization.exclude), list[str]()
     if settings.quantization.auto is not None:
-        kept += read_choice(settings.run_dir).kept
+        choice = read_choice(settings.run_dir)
+        kept += choice.of(BF16)
+        in_fp8 = choice.of("fp8")
     return RunFacts(
         model=settings.model_dir.absolute().name,
         parameters=sum(_product(shape) for shape in sizes),
@@ -99,7 +101,8 @@ def _facts(settings: Settings, seconds: float, command: list[str]) -> RunFacts:
         + (f" x {parallel.virtual_pipeline} virtual" if parallel.virtual_pipeline > 1 else "")
         + f" x data {parallel.data}, {settings.runtime.dtype}",
         recipe=f"weights {settings.quantization.weights}, activations {settings.quantization.activations}, "
-        f"BF16: {', '.join(kept) or 'nothing'}",
+        + (f"FP8: {', '.join(in_fp8)}, " if in_fp8 else "")
+        + f"BF16: {', '.join(kept) or 'nothing'}",
         steps=train.steps,
         tokens=train.steps * train.global_batch_size * train.sequence_length,
         seconds=seconds,

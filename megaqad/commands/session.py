@@ -17,9 +17,10 @@ from megaqad.models.build import build_model, transformer_config
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import ModelDescription, describe_model
 from megaqad.models.hf_reader import load_weights
-from megaqad.quantization.choice import read_choice
+from megaqad.quantization.choice import chosen_settings, read_choice
 from megaqad.quantization.layers import QuantizerMode
 from megaqad.quantization.recipe import Recipe, misfits, recipe_for
+from megaqad.quantization.settings import QuantizationSettings
 from megaqad.quantization.state import calibrate, modules_for, refresh_weights, set_mode
 from megaqad.runtime.agree import together
 from megaqad.runtime.duration import seconds_of
@@ -73,18 +74,22 @@ class Session:
         return DTYPES[self.settings.runtime.dtype]
 
     def recipe_of_settings(self) -> Recipe:
-        """What the settings say, before ``quantization.auto`` keeps anything."""
-        return recipe_for(self.settings.quantization, self.description, self.context.sizes.tensor)
+        """What the settings say, before ``quantization.auto`` chooses anything."""
+        return self._recipe(self.settings.quantization)
+
+    def _recipe(self, quantization: QuantizationSettings) -> Recipe:
+        return recipe_for(quantization, self.description, self.context.sizes.tensor)
 
     @cached_property
     def recipe(self) -> Recipe:
         """What is quantized; under ``quantization.auto`` only once this run has chosen (``students.settle_recipe``)."""
-        recipe = self.recipe_of_settings()
+        quantization = self.settings.quantization
+        if quantization.auto is not None:
+            quantization = chosen_settings(quantization, read_choice(self.settings.run_dir))
+        recipe = self._recipe(quantization)
         kept = misfits(recipe)
         if kept:
             self.terminal.say(f"kept in BF16, because they do not divide into blocks: {', '.join(kept)}")
-        if self.settings.quantization.auto is not None:
-            recipe.keep(read_choice(self.settings.run_dir).kept_modules)
         return recipe
 
     @cached_property
@@ -157,7 +162,9 @@ class Session:
         ``recipe`` stands in for the run's own.
         """
         chunks = self.original_student(recipe)
-        calibrate(chunks, self.context, lambda: forward_hidden(chunks, self._calibration_tokens()))
+        quantization = self.settings.quantization
+        data = (lambda: forward_hidden(chunks, self._calibration_tokens())) if quantization.needs_data else None
+        calibrate(chunks, self.context, data)
         return chunks
 
     def _calibration_tokens(self) -> list[torch.Tensor]:

@@ -40,7 +40,7 @@ def measure(session: Session, title: str, evaluator: Evaluator, student: list[Ca
 
 
 def settle_recipe(session: Session) -> None:
-    """Under ``quantization.auto``: choose what stays BF16, unless this run has chosen already, and record it."""
+    """Under ``quantization.auto``: choose the layers' formats, unless this run has chosen already, and record them."""
     settings = session.settings
     target = settings.quantization.target_bits
     if target is None or on_main(
@@ -51,7 +51,7 @@ def settle_recipe(session: Session) -> None:
     session.terminal.say(f"measuring each layer to choose an average of {target:g} bits")
     student = ready_to_ship(session, session.calibrated_student(recipe))
     choice = choose_formats(session, student, session.evaluator(settings.evaluation.training_tokens))
-    on_main(lambda: write_choice(settings.run_dir, choice))
+    on_main(lambda: write_choice(settings.run_dir, choice, settings.quantization))
 
 
 def ptq_student(session: Session) -> list[CausalLM]:
@@ -64,7 +64,8 @@ def ptq_student(session: Session) -> list[CausalLM]:
         if problem is None:
             return session.student_from(directory)
         session.terminal.say(f"ptq is damaged and made again: {problem}")
-    session.terminal.say(f"calibrating on {session.settings.quantization.calibration_samples} training sequences")
+    if session.settings.quantization.needs_data:
+        session.terminal.say(f"calibrating on {session.settings.quantization.calibration_samples} training sequences")
     student = session.calibrated_student()
     on_main(lambda: remove_leftovers(session.settings.run_dir))
     saver = CheckpointSaver(session.context)

@@ -19,7 +19,8 @@ from torch import Tensor
 from megaqad.distillation.cache import HiddenCache
 from megaqad.distillation.forward import forward_hidden
 from megaqad.models.causal_lm import CausalLM
-from megaqad.quantization.layers import QuantizerMode
+from megaqad.quantization.attention import QuantizedCausalAttention
+from megaqad.quantization.quantizers import QuantizerMode, Quantizers
 from megaqad.quantization.state import quantized_caches, quantized_linears
 from megaqad.runtime.agree import raise_together
 from megaqad.runtime.parallel import ParallelContext
@@ -96,7 +97,10 @@ class _QuantizersOff:
     """For the length of a ``with`` block the layers compute in BF16; then each is in its mode again."""
 
     def __init__(self, chunks: Sequence[CausalLM]) -> None:
-        quantizers = [*quantized_linears(chunks), *quantized_caches(chunks)]
+        quantizers: list[Quantizers | QuantizedCausalAttention] = [
+            *quantized_linears(chunks),
+            *quantized_caches(chunks),
+        ]
         self._modes = [(one, one.mode) for one in quantizers]
 
     def __enter__(self) -> None:

@@ -15,64 +15,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from megaqad.errors import UserError
-from megaqad.export import dequantizer as numbers
+from megaqad.export.layouts import (
+    DYNAMIC_LAYOUTS,
+    INPUT,
+    KV_CACHES,
+    LAYOUTS,
+    SCALES_OF_TENSORS,
+    WITH_CONFIG_GROUP,
+    Layout,
+    config_group,
+)
 from megaqad.export.manifest import MANIFEST_FILE, file_digest, tensor_digest
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linear modules that engines multiply as one, with one global scale."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one ``quant_algo`` stores a linear module of shape [N, K]."""
-
-    tensors: dict[str, tuple[torch.dtype, int]]
-    """dtype by ending, and how many of K one element covers; 0 for a scalar."""
-    read: Callable[..., Tensor]
-    """float32 [N, K] from the tensors, those of inputs left out."""
-    round_input: Callable[..., Tensor] | None
-    """An input as the engine multiplies it, from the input and, where there is one, the stored scale; None where inputs
-    stay as they are."""
-    group_size: int | None
-    """As the configuration files say it."""
-    range: float = 0.0
-    """The calibrated amax over the stored input scale."""
-
-
-_NVFP4_WEIGHT = {
-    "weight": (torch.uint8, 2),
-    "weight_scale": (torch.float8_e4m3fn, 16),
-    "weight_scale_2": (torch.float32, 0),
-}
-_INPUT = {"input_scale": (torch.float32, 0)}
-_SCALES_OF_TENSORS = ("weight_scale_2", "input_scale", "weight_scale")
-LAYOUTS = {
-    "NVFP4": Layout({**_NVFP4_WEIGHT, **_INPUT}, numbers.read_nvfp4, numbers.round_nvfp4, 16, 2688.0),
-    "W4A16_NVFP4": Layout(_NVFP4_WEIGHT, numbers.read_nvfp4, None, 16),
-    "FP8": Layout(
-        {"weight": (torch.float8_e4m3fn, 1), "weight_scale": (torch.float32, 0), **_INPUT},
-        numbers.read_fp8,
-        numbers.round_fp8,
-        None,
-        448.0,
-    ),
-    "MXFP8": Layout(
-        {"weight": (torch.float8_e4m3fn, 1), "weight_scale": (torch.uint8, 32)},
-        numbers.read_mxfp8,
-        numbers.round_mxfp8,
-        32,
-    ),
-    "mxfp4": Layout(
-        {"weight": (torch.uint8, 2), "weight_scale": (torch.uint8, 32)},
-        numbers.read_mxfp4,
-        numbers.round_mxfp4,
-        None,
-    ),
-}
-WITH_CONFIG_GROUP = ("FP8", "NVFP4", "W4A16_NVFP4")
-"""What config.json describes in ``config_groups``, and not by name alone."""
-KV_CACHES = {"FP8": {"dynamic": False, "num_bits": 8, "type": "float"}, "NVFP4": "NVFP4"}
-"""``kv_cache_quant_algo`` of hf_quant_config.json, and what config.json says for it."""
 CACHED_ATTENTION = "megaqad_rounded_kv_cache"
 """Name under which transformers knows the attention that rounds keys and values."""
 
@@ -93,9 +49,17 @@ class Client:
     """``quant_algo`` of the quantized modules, in model order."""
     kv_cache: str | None
     """``kv_cache_quant_algo``."""
+    dynamic: bool = False
+    """Whether inputs are rounded with scales of their own: ``activation_scheme``."""
 
     def layout(self, module: str) -> Layout:
-        return LAYOUTS[self.algorithms[module]]
+        algorithm = self.algorithms[module]
+        return DYNAMIC_LAYOUTS.get(algorithm, LAYOUTS[algorithm]) if self.dynamic else LAYOUTS[algorithm]
+
+    @property
+    def has_cache_scales(self) -> bool:
+        """Whether keys and values have scales; a quantized cache that has none is under a scale of 1."""
+        return self.kv_cache is not None and any(name in self.files for name in _cache_scales(self))
 
     @property
     def rounds_activations(self) -> bool:
@@ -113,7 +77,7 @@ class Client:
     def weight(self, module: str) -> Tensor:
         """float32 [N, K]: what a quantized module multiplies with."""
         layout = self.layout(module)
-        return layout.read(*(self.tensor(f"{module}.{ending}") for ending in layout.tensors if ending not in _INPUT))
+        return layout.read(*(self.tensor(f"{module}.{ending}") for ending in layout.tensors if ending not in INPUT))
 
 
 def open_export(folder: Path) -> Client:
@@ -125,11 +89,12 @@ def open_export(folder: Path) -> Client:
     config = _json(folder / "config.json")
     declared = config.get("quantization_config")
     algorithms: dict[str, str] = {}
-    kv_cache = None
+    kv_cache, dynamic = None, False
     if declared is not None:
         linears = [name for name, module in _skeleton(config).named_modules() if isinstance(module, nn.Linear)]
         algorithms, kv_cache = _check_configs(folder, declared, linears)
-    return Client(folder, config, _tables(folder), algorithms, kv_cache)
+        dynamic = "activation_scheme" in declared
+    return Client(folder, config, _tables(folder), algorithms, kv_cache, dynamic)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -148,8 +113,12 @@ def _check_configs(folder: Path, declared: dict[str, Any], linears: list[str]) -
     try:
         algorithm, kv_cache = other["quant_algo"], other["kv_cache_quant_algo"]
         mixed = algorithm == "MIXED_PRECISION"
+        scheme = other.get("activation_scheme")
+        dynamic = scheme is not None  # of another value than "dynamic" it is refused below
         facts = [declared["quant_algo"], sorted(declared["ignore"]), declared.get("kv_cache_scheme")]
         theirs = [algorithm, [] if mixed else sorted(other["exclude_modules"]), KV_CACHES.get(kv_cache)]
+        facts.append(declared.get("activation_scheme"))
+        theirs.append(scheme)
         described = mixed or algorithm in WITH_CONFIG_GROUP
         facts.append(declared["quantized_layers"] if mixed else declared["config_groups"] if described else None)
         if mixed:
@@ -158,12 +127,12 @@ def _check_configs(folder: Path, declared: dict[str, Any], linears: list[str]) -
         else:
             group = {key: other[key] for key in ("group_size",) if key in other}
             layers = {name: {"quant_algo": algorithm, **group} for name in linears if name not in facts[1]}
-            theirs.append({"group_0": _group(algorithm, group.get("group_size"))} if described else None)
+            theirs.append({"group_0": config_group(algorithm, group.get("group_size"), dynamic)} if described else None)
         groups = {tuple(entry["targets"]): entry for entry in declared["config_groups"].values()} if described else {}
         wanted: dict[tuple[str, ...], Any] = {}
         for entry in {json.dumps(layer, sort_keys=True): layer for layer in layers.values()}.values() if mixed else ():
             targets = tuple(sorted(name for name, layer in layers.items() if layer == entry))
-            wanted[targets] = _group(entry["quant_algo"], entry.get("group_size"), list(targets))
+            wanted[targets] = config_group(entry["quant_algo"], entry.get("group_size"), dynamic, list(targets))
     except (KeyError, TypeError, AttributeError) as error:
         raise VerificationError(f"{folder}: the quantization settings lack {error}; export again") from error
     if facts != theirs:
@@ -176,21 +145,11 @@ def _check_configs(folder: Path, declared: dict[str, Any], linears: list[str]) -
         known = LAYOUTS.get(layer["quant_algo"])
         if name not in linears or known is None or layer.get("group_size") != known.group_size:
             raise VerificationError(f"{folder}: {name} in {layer} is no layout that can be verified; export again")
+    if scheme not in (None, "dynamic"):
+        raise VerificationError(f"{folder}: activation_scheme={scheme} cannot be verified; export again")
     if kv_cache not in (None, *KV_CACHES):
         raise VerificationError(f"{folder}: kv_cache_quant_algo={kv_cache} cannot be verified; export again")
     return {name: layers[name]["quant_algo"] for name in linears if name in layers}, kv_cache
-
-
-def _group(algorithm: str, group_size: int | None, targets: list[str] | None = None) -> dict[str, Any]:
-    """What config.json must say of the modules in one format."""
-    bits = 4 if LAYOUTS[algorithm].tensors["weight"][1] == 2 else 8
-    number = {"dynamic": False, "num_bits": bits, "type": "float"}
-    if "mxfp4" in algorithm:
-        group_size = 32
-    if group_size is not None:
-        number["group_size"] = group_size
-    group = {"weights": number, "targets": targets or ["Linear"]}
-    return group if LAYOUTS[algorithm].round_input is None else {**group, "input_activations": number}
 
 
 def _tables(folder: Path) -> dict[str, Path]:
@@ -265,7 +224,7 @@ def _expected_tensors(client: Client) -> dict[str, tuple[torch.dtype, tuple[int,
         rows, inputs = parameter.shape
         for ending, (dtype, covers) in client.layout(module).tensors.items():
             expected[f"{module}.{ending}"] = (dtype, (rows, inputs // covers) if covers else ())
-    if client.kv_cache is not None:
+    if client.has_cache_scales:
         expected |= dict.fromkeys(_cache_scales(client), (torch.float32, ()))
     return expected
 
@@ -300,7 +259,7 @@ def _check_shared_scales(client: Client) -> None:
             if leaf != siblings[0]:
                 continue
             names = [f"{parent}.{sibling}" for sibling in siblings if f"{parent}.{sibling}" in client.algorithms]
-            for kind in _SCALES_OF_TENSORS:
+            for kind in SCALES_OF_TENSORS:
                 if client.layout(module).tensors.get(kind, (None, 1))[1]:
                     continue
                 values = {name: client.tensor(f"{name}.{kind}").item() for name in names}
@@ -355,10 +314,17 @@ def check_input_scales(client: Client, input_amax: Mapping[str, float]) -> None:
 
 
 def check_cache_scales(client: Client, cache_amax: Mapping[str, float]) -> None:
-    """The same for keys and values."""
-    if client.kv_cache is not None:
-        for name, module in _cache_scales(client).items():
+    """The same for keys and values; without stored scales, that the student's are 1 too."""
+    if client.kv_cache is None:
+        return
+    for name, module in _cache_scales(client).items():
+        if client.has_cache_scales:
             _check_scale(client, name, cache_amax.get(module), 448.0, "output")
+        elif cache_amax.get(module) != 448.0:
+            raise VerificationError(
+                f"{client.folder}: tensor {name} is missing, which means a scale of 1, while the student's amax is "
+                f"{cache_amax.get(module)!r}; export again"
+            )
 
 
 def _check_scale(client: Client, name: str, amax: float | None, largest: float, what: str) -> None:
@@ -389,7 +355,7 @@ def round_activations(client: Client, model: nn.Module) -> None:
     for name in client.algorithms:
         layout = client.layout(name)
         if layout.round_input is not None:
-            scales = [client.tensor(f"{name}.{ending}") for ending in layout.tensors if ending in _INPUT]
+            scales = [client.tensor(f"{name}.{ending}") for ending in layout.tensors if ending in INPUT]
             modules[name].register_forward_pre_hook(_input_rounding(layout.round_input, scales))
     if client.kv_cache is not None:
         _round_cache(client, model)
@@ -416,7 +382,11 @@ def _round_cache(client: Client, model: nn.Module) -> None:
     divisor = (
         LAYOUTS[client.kv_cache].range / 448.0
     )  # the file's scale leaves the range of four-bit codes to the engine
-    scales = {module: client.tensor(name) / divisor for name, module in _cache_scales(client).items()}
+    one = torch.ones(())
+    scales = {
+        module: (client.tensor(name) if client.has_cache_scales else one) / divisor
+        for name, module in _cache_scales(client).items()
+    }
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         assert rounding is not None

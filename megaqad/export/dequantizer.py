@@ -84,6 +84,21 @@ def round_fp8(x: Tensor, scale: Tensor) -> Tensor:
     return (round_e4m3(x.float() / scale) * scale).to(x.dtype)
 
 
+def _token_scales(x: Tensor, largest: float) -> Tensor:
+    """[.., 1]: the scale under which each token's largest magnitude is ``largest``; tiny for a token of zeros."""
+    return x.float().abs().amax(-1, keepdim=True).div(torch.tensor(largest)).clamp(min=1e-30)
+
+
+def round_nvfp4_tokens(x: Tensor) -> Tensor:
+    """``x`` [.., K] in NVFP4 with a global scale for each token."""
+    return round_nvfp4(x, _token_scales(x, 2688.0).unsqueeze(-1))
+
+
+def round_fp8_tokens(x: Tensor) -> Tensor:
+    """``x`` [.., K] in E4M3 with a scale for each token."""
+    return round_fp8(x, _token_scales(x, 448.0))
+
+
 def round_mxfp8(x: Tensor) -> Tensor:
     """``x`` [.., K] in E4M3 under a power of two per 32 values."""
     scale = _block_powers(x, 448.0)

@@ -11,7 +11,13 @@ A quantized linear of shape [N, K] becomes several tensors; everything else keep
 Four-bit codes lie two to a byte, the even element in the low nibble; block scales row-major. Per-tensor scales are
 amax / 2688 (NVFP4) or amax / 448 (FP8), the same for q, k, v and for gate, up; weight-only NVFP4 has no input scale. A
 quantized KV cache adds ``k_proj.k_scale`` and ``v_proj.v_scale``, float32 []: amax / 448 for NVFP4 as well, where
-engines put the range of four-bit codes in themselves.
+engines put the range of four-bit codes in themselves. Caches under a scale of 1 have none: engines take 1 then.
+
+With dynamic input scales (``quantization.activation_scales``) there is no ``input_scale``, and both configuration files
+say ``activation_scheme: dynamic`` beside ModelOpt's keys, the contract that vLLM's pull request 49715 proposes;
+``config_groups`` say it in their own words. TensorRT-LLM reads such files: where the scale is missing it takes one
+from the tensor of each call. vLLM 0.33 and SGLang make room for the scale and use what is there when none comes (memory
+as it was, or 1.0), so they need calibrated ones.
 
 Each rank quantizes its own shard. With the amax taken over all ranks and over the modules that engines fuse, the
 shards' bytes are the bytes of the whole, cut; what is gathered is 4.5 bits per NVFP4 weight instead of 16. Weights are
@@ -40,7 +46,7 @@ from megaqad.models.hf_files import MAX_FILE_BYTES, HfFiles
 from megaqad.models.hf_writer import Piece, stream_pieces, written_rows
 from megaqad.models.sharding import local_parameters, take_parts
 from megaqad.nvfp4 import global_scale_from_amax, quantize, tensor_amax
-from megaqad.quantization.formats import FORMATS, LinearFormat
+from megaqad.quantization.formats import FORMATS, LinearFormat, cache_number, calibrates_cache
 from megaqad.quantization.numbers import EXPORT_DTYPE, fp8_scale, number_format
 from megaqad.quantization.recipe import HEAD
 from megaqad.quantization.state import weight_scales
@@ -52,6 +58,8 @@ WITH_GROUP_SIZE = ("nvfp4", "mxfp8")
 """Formats whose ``quantized_layers`` entry holds a group size."""
 WITH_CONFIG_GROUP = ("FP8", "NVFP4", "W4A16_NVFP4")
 """What ModelOpt describes in config.json when it is the only ``quant_algo``; of others it gives the name."""
+DYNAMIC = "dynamic"
+"""``activation_scheme`` of an export without input scales; with them nothing is said, as ModelOpt does."""
 LAYOUT = {"name": "modelopt", "version": "0.47.0"}
 """The producer that readers are told. Engines recognise the layout by this name, so it names the layout's owner and
 the release it was compared with; who wrote the files is said in the manifest."""
@@ -66,7 +74,7 @@ class Quantization:
     input_amax: Mapping[str, float] = field(default_factory=dict)
     """Largest calibrated input by module name, for at least the modules on this rank whose format calibrates it."""
     kv_cache: str = "none"
-    """``none``, ``fp8`` or ``nvfp4``."""
+    """A member of ``formats.KV_CACHE``."""
     cache_amax: Mapping[str, float] = field(default_factory=dict)
     """Largest calibrated key by ``k_proj`` module name and value by ``v_proj``'s, for this rank's layers at least."""
 
@@ -125,7 +133,7 @@ class QuantizedConversion:
 
     def _cache_parts(self, placed: PlacedRow) -> list[tuple[str, str]]:
         """(name of the scale, module whose outputs it scales) of the keys and values that this row's layer makes."""
-        if self.quantization.kv_cache == "none" or placed.row.role != "qkv":
+        if not calibrates_cache(self.quantization.kv_cache) or placed.row.role != "qkv":
             return []
         _, key, value = (part.module for part in placed.parts)
         return [(f"{key}.k_scale", key), (f"{value}.v_scale", value)]
@@ -238,7 +246,7 @@ def _unfit(part: HfTensor, shard: Tensor, conversion: QuantizedConversion) -> st
         amax = quantization.input_amax.get(part.module, 0.0)
         if not 0.0 < amax < float("inf"):
             return f"{part.module} has a largest calibrated input of {amax}; calibrate the model before export"
-    if quantization.kv_cache != "none" and part.module.endswith((".k_proj", ".v_proj")):
+    if calibrates_cache(quantization.kv_cache) and part.module.endswith((".k_proj", ".v_proj")):
         amax = quantization.cache_amax.get(part.module, 0.0)
         if not 0.0 < amax < float("inf"):
             return f"{part.module} has a largest calibrated output of {amax}; calibrate the model before export"
@@ -258,6 +266,7 @@ def config_files(
     config.pop("torch_dtype", None)
     if not formats:
         return {"config.json": config}
+    scheme = {"activation_scheme": DYNAMIC} if any(chosen.dynamic for chosen in formats.values()) else {}
     excluded = [name for name in [*linear_modules(description), HEAD] if name not in formats]
     layers = {name: _algorithm(formats[name]) for name in [*linear_modules(description), HEAD] if name in formats}
     groups: dict[tuple[Any, ...], list[str]] = {}
@@ -282,13 +291,15 @@ def config_files(
         "quant_algo": details["quant_algo"],
         "producer": LAYOUT,
         "quant_method": "modelopt",
+        **scheme,
     }
     if "quantized_layers" in details:
         config["quantization_config"]["quantized_layers"] = layers
-    if kv_cache != "none":
-        config["quantization_config"]["kv_cache_scheme"] = KV_SCHEMES[kv_cache]
-    kv_algorithm = None if kv_cache == "none" else kv_cache.upper()
-    details = {"kv_cache_quant_algo": kv_algorithm, **details}
+    number = cache_number(kv_cache)
+    if number is not None:
+        config["quantization_config"]["kv_cache_scheme"] = KV_SCHEMES[number]
+    kv_algorithm = None if number is None else number.upper()
+    details = {"kv_cache_quant_algo": kv_algorithm, **details, **scheme}
     return {"config.json": config, "hf_quant_config.json": {"producer": LAYOUT, "quantization": details}}
 
 
@@ -303,4 +314,6 @@ def _numbers(chosen: LinearFormat) -> dict[str, Any]:
     number = {"dynamic": False, "num_bits": int(chosen.facts.bits), "type": "float"}
     if chosen.facts.block > 1:
         number["group_size"] = chosen.facts.block
-    return {"weights": number, **({} if chosen.activations == "none" else {"input_activations": number})}
+    if chosen.activations == "none":
+        return {"weights": number}
+    return {"weights": number, "input_activations": {**number, "dynamic": chosen.dynamic}}

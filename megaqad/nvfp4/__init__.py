@@ -7,8 +7,10 @@ from megaqad.nvfp4.format import (
     NVFP4Tensor,
     check_finite,
     global_scale_from_amax,
+    row_amax,
     tensor_amax,
 )
+from megaqad.nvfp4.straight_through import straight_through
 
 __all__ = [
     "BLOCK_SIZE",
@@ -22,5 +24,7 @@ __all__ = [
     "fake_quantize_packed",
     "global_scale_from_amax",
     "quantize",
+    "row_amax",
+    "straight_through",
     "tensor_amax",
 ]

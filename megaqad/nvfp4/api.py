@@ -6,19 +6,21 @@ Every implementation gives the same bits; they differ in speed and in where they
     torch       vectorised PyTorch in cache-sized pieces, any device, the default on CPU
     triton      one kernel, CUDA, the default there when Triton is installed
 
-``impl="auto"`` picks by the tensor's device. Nothing here waits for a device.
+``impl="auto"`` picks by the tensor's device; what the Triton kernels do not have (block scales that were chosen, a
+global scale for each row) ``torch`` does on every device. Nothing here waits for a device.
 """
 
 import functools
 import importlib
 import importlib.util
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from megaqad.nvfp4 import reference, vectorized
 from megaqad.nvfp4.format import BLOCK_SIZE, NVFP4Tensor, check_quantizable
+from megaqad.nvfp4.straight_through import straight_through
 
 Impl = Literal["auto", "reference", "torch", "triton"]
 
@@ -51,6 +53,12 @@ def implementation(impl: Impl, device: torch.device) -> Implementation:
     return _triton_kernels()
 
 
+def _implementation_for(impl: Impl, x: Tensor, scales: Tensor | None) -> Implementation:
+    """``implementation`` for ``x``, but one that knows ``scales`` (amax or global scale) of the rows' own."""
+    known = implementation(impl, x.device)
+    return vectorized if scales is not None and scales.dim() and impl != "reference" else known
+
+
 @functools.cache
 def _triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -70,12 +78,14 @@ def quantize(
     Args:
         x: [..., K] bfloat16, float16 or float32, K a multiple of 16; any strides, any leading shape, no rows allowed.
         amax: float32 [] that sets the global scale; None takes it from ``x``. Values beyond it saturate. For a tensor
-            that is sharded, or that an engine fuses with others, pass the amax of the whole.
+            that is sharded, or that an engine fuses with others, pass the amax of the whole. float32 [..., 1], from
+            ``row_amax``, sets a global scale for each row, as dynamic quantization of activations does per token.
         block_amax: float32 [..., K // 16] that sets the block scales, from ``choose_scales`` or learned, together with
             an ``amax``; None takes each block's own largest magnitude.
 
     Returns:
-        codes uint8 [..., K // 2], block_scales float8_e4m3fn [..., K // 16], global_scale float32 [].
+        codes uint8 [..., K // 2], block_scales float8_e4m3fn [..., K // 16], global_scale float32 in the shape of
+        ``amax``.
 
     Sharding: local. Under a common ``amax`` the shards' bytes are the bytes of the whole, cut at multiples of 16.
 
@@ -85,7 +95,7 @@ def quantize(
     """
     check_quantizable(x, amax)
     if block_amax is None:
-        return implementation(impl, x.device).quantize(x, amax)
+        return _implementation_for(impl, x, amax).quantize(x, amax)
     if amax is None or block_amax.shape != (*x.shape[:-1], x.shape[-1] // BLOCK_SIZE):
         raise ValueError(
             f"block_amax needs an amax and one value per block of {list(x.shape)}, not shape {list(block_amax.shape)}"
@@ -96,7 +106,7 @@ def quantize(
 @torch.no_grad()
 def dequantize(q: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16, *, impl: Impl = "auto") -> Tensor:
     """The values of ``q``, ``dtype`` [..., K]: ``e2m1 * (block_scale * global_scale)`` in float32, rounded once."""
-    return implementation(impl, q.codes.device).dequantize(q, dtype)
+    return _implementation_for(impl, q.codes, q.global_scale).dequantize(q, dtype)
 
 
 def fake_quantize(x: Tensor, amax: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
@@ -105,10 +115,9 @@ def fake_quantize(x: Tensor, amax: Tensor | None = None, *, impl: Impl = "auto")
     Arguments, sharding and errors as in ``quantize``. The gradient reaches ``x`` also where a value saturated.
     """
     check_quantizable(x, amax)
-    if torch.is_grad_enabled() and x.requires_grad:
-        return cast(Tensor, _FakeQuantize.apply(x, amax, implementation(impl, x.device)))
     with torch.no_grad():  # an amax that is being learned gets its gradient from its own layer, not from here
-        return implementation(impl, x.device).fake_quantize(x, amax)
+        values = _implementation_for(impl, x, amax).fake_quantize(x, amax)
+    return straight_through(x, values) if torch.is_grad_enabled() and x.requires_grad else values
 
 
 @torch.no_grad()
@@ -119,16 +128,4 @@ def fake_quantize_packed(x: Tensor, amax: Tensor | None = None, *, impl: Impl = 
     4.5 bits per element instead of 16. No gradient flows through it.
     """
     check_quantizable(x, amax)
-    return implementation(impl, x.device).fake_quantize_packed(x, amax)
-
-
-class _FakeQuantize(torch.autograd.Function):
-    """Forward: fake quantization. Backward: the identity (straight-through estimator)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, amax: Tensor | None, implementation: Implementation) -> Tensor:
-        return implementation.fake_quantize(x, amax)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0], None, None
+    return _implementation_for(impl, x, amax).fake_quantize_packed(x, amax)

@@ -47,7 +47,8 @@ class NVFP4Tensor:
     """float8_e4m3fn ``[..., K // 16]``: never negative, never zero; a block of zeros has 1.0."""
 
     global_scale: Tensor
-    """float32 ``[]``: the tensor's amax / 2688, shared by tensors that an engine fuses."""
+    """float32 ``[]``: the tensor's amax / 2688, shared by tensors that an engine fuses; ``[..., 1]`` when each row has
+    its own."""
 
     @property
     def shape(self) -> torch.Size:
@@ -56,7 +57,7 @@ class NVFP4Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: 0.5625 per element, and four."""
+        """Bytes held: 0.5625 per element, and four per global scale."""
         return self.codes.nbytes + self.block_scales.nbytes + self.global_scale.nbytes
 
 
@@ -66,6 +67,11 @@ def tensor_amax(x: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.float32, device=x.device)
     low, high = torch.aminmax(x.detach())
     return torch.maximum(-low, high).float()
+
+
+def row_amax(x: Tensor) -> Tensor:
+    """Largest magnitude of each row of ``x`` [..., K] as float32 ``[..., 1]``; NaN where the row holds one."""
+    return x.detach().abs().amax(-1, keepdim=True).float()
 
 
 def global_scale_from_amax(amax: Tensor) -> Tensor:
@@ -100,7 +106,7 @@ def check_quantizable(x: Tensor, amax: Tensor | None) -> None:
 
     Raises:
         ValueError: ``x`` is not BF16, FP16 or FP32; its last dimension does not divide into blocks of 16; or ``amax``
-            is not one float32 number on the device of ``x``.
+            is not one float32 number, or one per row, on the device of ``x``.
     """
     if x.dtype not in SUPPORTED_DTYPES:
         raise ValueError(f"NVFP4 quantizes bfloat16, float16 and float32, not {x.dtype}: cast the tensor first")
@@ -109,8 +115,11 @@ def check_quantizable(x: Tensor, amax: Tensor | None) -> None:
             f"NVFP4 needs a last dimension divisible by {BLOCK_SIZE}, not shape {list(x.shape)}: "
             "leave this tensor unquantized, or change the sharding if that is what made it so"
         )
-    if amax is not None and (amax.dim() != 0 or amax.dtype != torch.float32 or amax.device != x.device):
+    if amax is None:
+        return
+    per_row = (*x.shape[:-1], 1)
+    if amax.shape not in ((), per_row) or amax.dtype != torch.float32 or amax.device != x.device:
         raise ValueError(
-            f"amax must be a float32 tensor of shape [] on {x.device}, "
+            f"amax must be a float32 tensor of shape [] or {list(per_row)} on {x.device}, "
             f"not {amax.dtype} of shape {list(amax.shape)} on {amax.device}"
         )

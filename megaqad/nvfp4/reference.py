@@ -49,6 +49,7 @@ def block_scales(block_amax: Tensor, global_scale: Tensor) -> Tensor:
 def quantize(x: Tensor, amax: Tensor | None, block_amax: Tensor | None = None) -> NVFP4Tensor:
     """``x`` [..., K] in BF16, FP16 or FP32 to NVFP4 under the global scale of ``amax`` (of ``x`` itself when None).
 
+    ``amax``, float32 [], or [..., 1] for a global scale of each row's own, which then broadcasts over its blocks.
     ``block_amax``, float32 [..., B], stands in for the blocks' own maxima where their scales are chosen otherwise.
     """
     global_scale = global_scale_from_amax(tensor_amax(x) if amax is None else amax)

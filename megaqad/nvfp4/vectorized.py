@@ -80,7 +80,7 @@ def dequantize(q: NVFP4Tensor, dtype: torch.dtype) -> Tensor:
     device = q.codes.device
     table = _byte_table(device)
     codes = q.codes.reshape(-1, BLOCK_SIZE // 2)
-    scales = (q.block_scales.reshape(-1, 1).float()).mul_(q.global_scale)
+    scales = q.block_scales.float().mul_(q.global_scale).reshape(-1, 1)
     out = torch.empty(q.shape, dtype=dtype, device=device)
     flat = out.view(-1, BLOCK_SIZE)
     for piece in pieces(len(codes), device):
@@ -94,7 +94,7 @@ def _run(
 ) -> tuple[Tensor | None, NVFP4Tensor | None]:
     """One pass over ``x`` that fills whichever of ``values`` [..., K] and ``codes`` [..., K // 2] is given."""
     blocks = x.detach().contiguous().view(-1, BLOCK_SIZE)
-    block_scales, scales, global_scale = _scales(blocks, amax, block_amax)
+    block_scales, scales, global_scale = _scales(blocks, amax, block_amax, (*x.shape[:-1], x.shape[-1] // BLOCK_SIZE))
     flat_values = None if values is None else values.view(-1, BLOCK_SIZE)
     flat_codes = None if codes is None else codes.view(-1, BLOCK_SIZE // 2)
 
@@ -161,16 +161,20 @@ class _Packer:
         out.copy_(byte)
 
 
-def _scales(blocks: Tensor, amax: Tensor | None, chosen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """From ``blocks`` [B, 16]: block scales E4M3 [B], what they multiply by float32 [B, 1], global scale []."""
+def _scales(
+    blocks: Tensor, amax: Tensor | None, chosen: Tensor | None, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From ``blocks`` [B, 16], of a tensor with blocks in ``shape``: block scales E4M3 [B], what they multiply by
+    float32 [B, 1], global scale [] or one per row."""
     block_amax = block_maxima(blocks) if chosen is None else chosen.detach().reshape(-1).clone()
     if amax is None:
         amax = block_amax.max() if len(blocks) else block_amax.new_zeros(())
     global_scale = global_scale_from_amax(amax)
-    ideal = block_amax.div_(E2M1_MAX * global_scale)
+    of_blocks = global_scale.expand(shape).reshape(-1) if global_scale.dim() else global_scale
+    ideal = block_amax.div_(E2M1_MAX * of_blocks)
     ideal.masked_fill_(ideal == 0, 1.0).clamp_(E4M3_MIN_SUBNORMAL, E4M3_MAX)
     block_scales = ideal.to(torch.float8_e4m3fn)
-    return block_scales, block_scales.float().mul_(global_scale).unsqueeze(-1), global_scale
+    return block_scales, block_scales.float().mul_(of_blocks).unsqueeze(-1), global_scale
 
 
 def block_maxima(blocks: Tensor) -> Tensor:

@@ -44,6 +44,11 @@ def check_backend(settings: QuantizationSettings, dtype: str) -> None:
             f"{asked} takes scales from the largest weights, not quantization.calibration={settings.calibration} with "
             f"quantization.weight_scales={settings.weight_scales}: {instead}"
         )
+    if settings.activation_scales != "static":
+        raise UserError(
+            f"{asked} takes one scale for all tokens at hand, not each token's own as quantization.activation_scales="
+            f"{settings.activation_scales} asks: {instead}"
+        )
     if settings.activation_percentile != 100:
         raise UserError(
             f"{asked} takes input scales from the inputs at hand, not quantization.activation_percentile="

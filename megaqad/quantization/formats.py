@@ -29,6 +29,8 @@ class LinearFormat:
     """A key of ``FORMATS``."""
     activations: str
     """The same, or ``none``: inputs stay BF16."""
+    dynamic: bool = False
+    """Whether inputs of a format that is else calibrated get their scales from themselves, one for each token."""
 
     @property
     def facts(self) -> FormatFacts:
@@ -43,6 +45,11 @@ class LinearFormat:
     @property
     def calibrates_inputs(self) -> bool:
         """Whether calibration must find the largest input, and the export holds an input scale."""
+        return not self.dynamic and self.has_input_scale
+
+    @property
+    def has_input_scale(self) -> bool:
+        """Whether inputs have a float32 scale, calibrated or of each token: not the MX formats' powers of two."""
         return self.activations != "none" and FORMATS[self.activations].calibrated
 
 
@@ -64,5 +71,15 @@ CHOICES: dict[str, LinearFormat | None] = {
 }
 """What a layer can be by name, in ``quantization.formats``."""
 
-KV_CACHE = ("none", "fp8", "nvfp4")
-"""Formats of the keys and values that engines keep."""
+KV_CACHE = ("none", "fp8", "nvfp4", "fp8_cast", "nvfp4_cast")
+"""Formats of the keys and values that engines keep. ``_cast``: under a scale of 1, which needs no calibration."""
+
+
+def cache_number(kv_cache: str) -> str | None:
+    """The key of ``FORMATS`` that a member of ``KV_CACHE`` is in."""
+    return None if kv_cache == "none" else kv_cache.removesuffix("_cast")
+
+
+def calibrates_cache(kv_cache: str) -> bool:
+    """Whether calibration must find the largest key and value, and the export holds their scales."""
+    return kv_cache in FORMATS

@@ -3,55 +3,41 @@
 Losses take hidden states and a head, and make the logits themselves. So the model hands out both as an engine would
 multiply them: ``CausalLM.forward`` its last hidden states rounded, ``head_weight`` the rounded weight. Gradients pass
 straight through to the hidden states and to the parameter.
+
+The weight's scales are always refreshed, by the recipe's calibration method; they are no state, and nothing learns
+them: a head's gradient is made inside the losses, where block scales have no place.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from megaqad.models.families import LinearSite
-from megaqad.nvfp4 import tensor_amax
+from megaqad.nvfp4 import straight_through
 from megaqad.quantization.formats import LinearFormat
-from megaqad.quantization.layers import EXPORT_DTYPE, QuantizerMode, straight_through
 from megaqad.quantization.numbers import number_format
+from megaqad.quantization.quantizers import QuantizerMode, Quantizers
+from megaqad.quantization.scales import DEFAULT_SCALING, Scaling
 
 
-class HeadQuantizer(torch.nn.Module):
-    """The quantizers of the output head; the attributes of ``layers.QuantizedLinear`` that the whole model's
-    functions in ``state.py`` use."""
+class HeadQuantizer(Quantizers):
+    """The quantizers of the output head. Its rows are cut over the tensor-parallel ranks, its inputs are whole."""
 
-    input_amax: Tensor
-
-    def __init__(self, weight: Callable[[], Tensor], site: LinearSite, quantization: LinearFormat) -> None:
-        """``weight``: gives this rank's rows of the head [real rows, h]; asked every time, because Megatron-Core's DDP
-        moves parameters into buffers of its own."""
+    def __init__(
+        self,
+        weight: Callable[[], Tensor],
+        site: LinearSite,
+        quantization: LinearFormat,
+        scaling: Scaling = DEFAULT_SCALING,
+    ) -> None:
+        """``weight``: gives this rank's rows of the head [real rows, h]; none where the shard is all padding."""
         super().__init__()
         self._weight = weight
-        self.site = site
-        self.quantization = quantization
-        self.mode = QuantizerMode.OFF
-        self.register_buffer("input_amax", torch.zeros((), dtype=torch.float32, device=weight().device))
-        self._quantized_weight: Tensor | None = None
+        self.set_up(site, quantization, replace(scaling, weight_scales="refreshed"))
 
-    def export_weight(self) -> Tensor:
-        """The weight as the checkpoint will hold it before quantization: BF16 [real rows, h], no gradient."""
-        return self._weight().detach().to(EXPORT_DTYPE)
-
-    def largest_weight(self) -> Tensor:
-        """float32 []: largest absolute weight of this rank's shard; 0 where the shard is all padding."""
-        return tensor_amax(self.export_weight())
-
-    @torch.no_grad()
-    def set_quantized_weight(self, amax: Tensor) -> None:
-        """Quantize the weight for the coming forwards. ``amax``: float32 [], the maximum over all shards."""
-        self._quantized_weight = number_format(self.quantization.weights).round_weight(self._weight(), amax)
-
-    @property
-    def quantized_weight(self) -> Tensor:
-        """[real rows, h] in the weight's dtype."""
-        assert self._quantized_weight is not None, "refresh_weights() must run before a quantized forward"
-        return self._quantized_weight
+    def current_weight(self) -> Tensor:
+        return self._weight()
 
     def head(self, weight: Tensor) -> Tensor:
         """What the loss multiplies with in place of ``weight`` [real rows, h]; no collectives."""
@@ -60,7 +46,7 @@ class HeadQuantizer(torch.nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """The last hidden states [s(/tp), b, h] as the head's GEMM sees them; no collectives."""
         if self.mode is QuantizerMode.CALIBRATE:
-            self.input_amax.copy_(torch.maximum(self.input_amax, tensor_amax(hidden.detach())))
+            self.observe(hidden)
         elif self.mode is QuantizerMode.ON and self.quantization.activations != "none":
-            return number_format(self.quantization.activations).round_input(hidden, self.input_amax)
+            return number_format(self.quantization.activations).round_input(hidden, self.amax_of(hidden))
         return hidden

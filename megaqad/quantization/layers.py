@@ -8,7 +8,10 @@ Backward is straight-through (QAD, arXiv 2601.20088): gradients are those of the
 handed unchanged to X and W, in high precision. Everything parallel (sequence-parallel gather, input-gradient
 all-reduce, output reduce) stays Megatron-Core's: only the operands of ``_forward_impl`` are replaced.
 
-Scales. The input scale is static, from calibration, and shared by all ranks and by the modules fused in this layer.
+Scales. The input scale is static, from calibration, and shared by all ranks and by the modules fused in this layer; or
+dynamic, each token's own. Per token, and not per call of the layer, because a token then rounds alike whatever it is
+batched with and whatever comes after it, in training, prefill and decoding, on any number of ranks. Where ranks divide
+the contraction dim (row-parallel), the token's amax is the maximum over them; sequence parallelism divides tokens.
 The weight scale follows the weight as it trains, unless it is frozen or learned (``scales.py``):
 ``state.refresh_weights`` quantizes every weight once per optimizer step, not once per microbatch, and forward uses that
 copy. With sequence parallelism the input is quantized before it is gathered: blocks lie along the hidden dim, so the
@@ -24,7 +27,6 @@ trained is then exactly what is exported.
 """
 
 from contextlib import AbstractContextManager
-from enum import Enum
 from typing import Any, cast
 
 import torch
@@ -42,38 +44,12 @@ from megaqad.nvfp4 import (
     choose_scales,
     dequantize,
     fake_quantize_packed,
-    quantize,
-    tensor_amax,
+    straight_through,
 )
 from megaqad.quantization.formats import LinearFormat
 from megaqad.quantization.numbers import EXPORT_DTYPE, number_format
-from megaqad.quantization.scales import DEFAULT_SCALING, LearnedScales, Scaling, count_magnitudes
-
-
-class QuantizerMode(Enum):
-    """What the quantizers of a layer do in forward."""
-
-    OFF = "off"  # the BF16 layer
-    CALIBRATE = "calibrate"  # the BF16 layer, recording the largest input
-    ON = "on"  # the NVFP4 layer
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Forward: stand the quantized copy in for the weight. Backward: its gradient is the weight's."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, quantized: Tensor) -> Tensor:
-        return quantized.view_as(quantized)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-def straight_through(weight: Tensor, quantized: Tensor) -> Tensor:
-    """The values of ``quantized`` with their gradient handed to ``weight``."""
-    result: Tensor = _StraightThrough.apply(weight, quantized)
-    return result
+from megaqad.quantization.quantizers import QuantizerMode, Quantizers
+from megaqad.quantization.scales import DEFAULT_SCALING, LearnedScales, Scaling
 
 
 class _PackedFakeQuantize(torch.autograd.Function):
@@ -98,7 +74,7 @@ class _PackedInput:
     """
 
     def __init__(self, x: Tensor, amax: Tensor) -> None:
-        """``x``: [..., K], K a multiple of 16; ``amax``: float32 [] or one per row, as ``fake_quantize`` takes it."""
+        """``x``: [..., K], K a multiple of 16; ``amax``: float32 [] or [..., 1], as ``fake_quantize`` takes it."""
         self.values: Tensor
         if x.requires_grad:
             self.values = cast(Tensor, _PackedFakeQuantize.apply(x, amax))
@@ -121,25 +97,17 @@ class _PackedInput:
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-class QuantizedLinear(torch.nn.Module):
+class QuantizedLinear(Quantizers):
     """The quantizers of one parallel linear layer; mixed in before Megatron-Core's layer.
 
-    Attributes:
-        site: which layer this is, with its Hugging Face module names.
-        quantization: its formats.
-        input_amax: float32 [], largest absolute input seen in calibration; 0 until then. Part of the state dict,
-            identical on all tensor- and data-parallel ranks.
-        mode: what forward does with the quantizers.
+    Attributes beside those of ``Quantizers``:
         packs_inputs: keep inputs packed for backward. Off is the readable form, the oracle of the tests.
+        weight_amax, weight_block_amax: float32 [1] and [out(/tp), in(/tp) / 16], where the weight's scales are state.
     """
 
     packs_inputs = True
 
-    site: LinearSite
-    quantization: LinearFormat
-    mode: QuantizerMode
     weight: Tensor
-    input_amax: Tensor
     weight_amax: Tensor
     weight_block_amax: Tensor
     tp_group: torch.distributed.ProcessGroup
@@ -153,16 +121,16 @@ class QuantizedLinear(torch.nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.site = site
-        self.quantization = quantization
-        self.scaling = scaling if quantization.weights == "nvfp4" else DEFAULT_SCALING
-        self.mode = QuantizerMode.OFF
-        self.input_counts: Tensor | None = None
-        self.register_buffer("input_amax", torch.zeros((), dtype=torch.float32, device=self.weight.device))
+        self.set_up(site, quantization, scaling)
         if self.scaling.stored:
             self._make_scales()
-        self._quantized_weight: Tensor | None = None
-        self._scales: tuple[Tensor, Tensor | None] | None = None
+
+    def current_weight(self) -> Tensor:
+        return self.weight
+
+    @property
+    def input_group(self) -> torch.distributed.ProcessGroup | None:
+        return self.tp_group if self.site.parallel == "row" and self.tp_group.size() > 1 else None
 
     def _make_scales(self) -> None:
         """Room for the scales that are state: parameters when learned, buffers when frozen."""
@@ -186,13 +154,6 @@ class QuantizedLinear(torch.nn.Module):
         """The dim of the weight that the tensor-parallel ranks divide."""
         return 0 if self.site.parallel == "column" else 1
 
-    @property
-    def scales(self) -> tuple[Tensor, Tensor | None]:
-        """(amax float32 [], block_amax float32 [out(/tp), in(/tp) / 16] or None for the blocks' own) of the quantized
-        copy: what ``nvfp4.quantize`` makes the exported bytes with."""
-        assert self._scales is not None, "refresh_weights() must run first"
-        return self._scales
-
     @torch.no_grad()
     def choose_scales(self, amax: Tensor) -> None:
         """Calibrate the scales that are state. ``amax``: float32 [], the maximum over all shards."""
@@ -200,28 +161,11 @@ class QuantizedLinear(torch.nn.Module):
         self.weight_amax.copy_(chosen)
         self.weight_block_amax.copy_(blocks)
 
-    def export_weight(self) -> Tensor:
-        """The weight as the checkpoint will hold it before quantization: BF16 [out(/tp), in(/tp)], no gradient."""
-        return self.weight.detach().to(EXPORT_DTYPE)
-
-    def largest_weight(self) -> Tensor:
-        """float32 []: largest absolute weight of this rank's shard."""
-        return tensor_amax(self.export_weight())
-
-    @torch.no_grad()
-    def set_quantized_weight(self, amax: Tensor) -> None:
-        """Quantize the weight for the coming forwards. ``amax``: float32 [], the maximum over all shards."""
-        if not self.scaling.stored and self.scaling.calibration == "max":
-            self._scales = (amax, None)
-            self._quantized_weight = number_format(self.quantization.weights).round_weight(self.weight, amax)
-            return
-        if self.scaling.stored:
-            self._scales = (self.weight_amax.detach().reshape(()).clone(), self.weight_block_amax.detach().clone())
-        else:
-            self._scales = choose_scales(self.export_weight(), amax, self.scaling.calibration)
-        amax, block_amax = self._scales
-        packed = quantize(self.export_weight(), amax, block_amax=block_amax)
-        self._quantized_weight = dequantize(packed, self.weight.dtype)
+    def weight_scales(self, amax: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """As in ``Quantizers``, or the ones that are state."""
+        if not self.scaling.stored:
+            return super().weight_scales(amax)
+        return self.weight_amax.detach().reshape(()).clone(), self.weight_block_amax.detach().clone()
 
     def _operand(self, weight: Tensor) -> Tensor:
         """The quantized copy, with gradients to what it is made from."""
@@ -249,29 +193,20 @@ class QuantizedLinear(torch.nn.Module):
             sharded = apply_swiglu_sharded_factory(sharded, sharded_offsets)
         return {**state, f"{prefix}{name}": sharded}
 
-    @property
-    def quantized_weight(self) -> Tensor:
-        """[out(/tp), in(/tp)] in the weight's dtype: what forward multiplies with."""
-        assert self._quantized_weight is not None, "refresh_weights() must run before a quantized forward"
-        return self._quantized_weight
-
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Replace the operands, then multiply as Megatron-Core does. Sharding as in its ``_forward_impl``."""
         if self.mode is QuantizerMode.CALIBRATE:
-            self.input_amax.copy_(torch.maximum(self.input_amax, tensor_amax(input.detach())))
-            if self.scaling.activation_percentile < 100:
-                counts = count_magnitudes(input)
-                self.input_counts = counts if self.input_counts is None else self.input_counts + counts
+            self.observe(input)
         elif self.mode is QuantizerMode.ON:
             weight = self._operand(weight)
             activations = self.quantization.activations
             saves_input = torch.is_grad_enabled() and weight.requires_grad
             if activations == "nvfp4" and self.packs_inputs and saves_input:
-                packed = _PackedInput(input, self.input_amax)
+                packed = _PackedInput(input, self.amax_of(input))
                 with packed.saving():
                     return super()._forward_impl(packed.values, weight, *args, **kwargs)  # type: ignore[misc]
             if activations != "none":
-                input = number_format(activations).round_input(input, self.input_amax)
+                input = number_format(activations).round_input(input, self.amax_of(input))
         return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
 
 

@@ -38,6 +38,8 @@ DONE_HERE: dict[str, tuple[Any, ...]] = {
     "use_constant_amax": (False,),
 }
 """Values of a quantizer's keys that mean what is done here; others are refused."""
+ONE_SCALE = "use_constant_amax"
+"""Pins the amax to 448 without calibration; for keys and values, where it is a scale of 1, ``kv_cache=*_cast``."""
 
 
 def is_modelopt_recipe(name: str) -> bool:
@@ -62,21 +64,24 @@ def translate(name: str, base: QuantizationSettings, description: ModelDescripti
     algorithm = content["quantize"].get("algorithm")
     method = algorithm.get("method") if isinstance(algorithm, Mapping) else algorithm
     if method not in (None, "max"):
-        raise UserError(f"quantization={name}: quantize.algorithm={method} is not supported, only max")
+        instead = "; take its max counterpart with quantization.calibration=mse" if method == "mse" else ""
+        raise UserError(f"quantization={name}: quantize.algorithm={method} is not supported, only max{instead}")
     quantizers = _Quantizers(name, rules)
     chosen = {module: quantizers.linear(module) for module in [*linear_modules(description), HEAD]}
     caches = {quantizers.cache(f"model.layers.{layer}.self_attn") for layer in range(description.num_layers)}
     if len(caches) > 1:
         raise UserError(f"quantization={name}: layers keep keys and values in {sorted(caches)}; give all layers one")
+    if all(choice == "bf16" for choice in chosen.values()):
+        raise UserError(
+            f"quantization={name} quantizes no linear module of this model: its patterns are for other layers, like "
+            "experts; choose another recipe"
+        )
     return _as_settings(base, chosen, caches.pop())
 
 
 def _as_settings(base: QuantizationSettings, chosen: Mapping[str, str], kv_cache: str) -> QuantizationSettings:
     """The most frequent format for all, the others by name."""
-    quantized = [choice for choice in chosen.values() if choice != "bf16"]
-    if not quantized:
-        return replace(base, weights="none", activations="none", kv_cache=kv_cache)
-    usual = Counter(quantized).most_common(1)[0][0]
+    usual = Counter(choice for choice in chosen.values() if choice != "bf16").most_common(1)[0][0]
     numbers = CHOICES[usual]
     assert numbers is not None
     return replace(
@@ -141,6 +146,11 @@ class _Quantizers:
             return "bf16"
         wanted = LinearFormat(weights or "none", inputs or "none")
         found = next((name for name, known in CHOICES.items() if known == wanted), None)
+        if wanted == LinearFormat("mxfp4", "none"):
+            raise UserError(
+                f"quantization={self._recipe}: {module} in MXFP4 with BF16 inputs is not supported: ModelOpt's export "
+                "calls it mxfp4, as it does MXFP4 with MXFP4 inputs, so no reader could tell whether to round inputs"
+            )
         if found is None:
             raise UserError(
                 f"quantization={self._recipe}: {module} in weights={wanted.weights}, "
@@ -152,12 +162,20 @@ class _Quantizers:
         """A member of ``KV_CACHE``."""
         for kind in ("q_bmm", "softmax", "bmm2_output"):
             self._must_be_off(f"{attention}.{kind}_quantizer")
-        key, value = (self._number(f"{attention}.{kind}_bmm_quantizer") for kind in ("k", "v"))
-        if key != value or key not in (None, "fp8", "nvfp4"):
+        names = [f"{attention}.{kind}_bmm_quantizer" for kind in ("k", "v")]
+        key, value = ((self._number(name, ONE_SCALE), self._has_one_scale(name)) for name in names)
+        if key != value or key[0] not in (None, "fp8", "nvfp4"):
             raise UserError(
-                f"quantization={self._recipe}: keys in {key} and values in {value} are not supported: both fp8 or nvfp4"
+                f"quantization={self._recipe}: keys in {key[0]} and values in {value[0]} are not supported: both fp8 "
+                "or nvfp4, with scales of one kind"
             )
-        return key or "none"
+        number, cast = key
+        return "none" if number is None else f"{number}_cast" if cast else number
+
+    def _has_one_scale(self, quantizer: str) -> bool:
+        """Whether it is a cast: under the amax 448, a scale of 1."""
+        rule = self._rule(quantizer)
+        return rule is not None and isinstance(rule[1], Mapping) and bool(rule[1].get(ONE_SCALE))
 
     def _must_be_off(self, quantizer: str) -> None:
         if self._rule(quantizer) is not None:
@@ -176,8 +194,8 @@ class _Quantizers:
                 pattern, cfg = rule["quantizer_name"], rule["cfg"]
         return (pattern, cfg) if enabled else None
 
-    def _number(self, quantizer: str) -> str | None:
-        """The format's name."""
+    def _number(self, quantizer: str, *allowed_here: str) -> str | None:
+        """The format's name. ``allowed_here``: keys of ``DONE_HERE`` that may have any value."""
         rule = self._rule(quantizer)
         if rule is None:
             return None
@@ -186,7 +204,7 @@ class _Quantizers:
         if not isinstance(cfg, Mapping):
             raise UserError(f"{where} has several quantizers in sequence or none; give one format")
         for key, allowed in DONE_HERE.items():
-            if key in cfg and cfg[key] not in allowed:
+            if key in cfg and cfg[key] not in allowed and key not in allowed_here:
                 raise UserError(f"{where} has {key}={cfg[key]}, which is not supported; remove it")
         bits, blocks = cfg.get("num_bits"), dict(cfg.get("block_sizes") or {})
         bits = tuple(bits) if isinstance(bits, list | tuple) else bits

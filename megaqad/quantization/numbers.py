@@ -18,7 +18,6 @@ the float32 quotient, not from ``log2``, which is off by one next to a power of 
 
 from abc import ABC, abstractmethod
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +53,8 @@ class NumberFormat(ABC):
 
     @abstractmethod
     def input_values(self, x: Tensor, amax: Tensor) -> Tensor:
-        """``x`` [.., K] as the kernel multiplies it, in its own dtype. ``amax``: float32 [], calibrated."""
+        """``x`` [.., K] as the kernel multiplies it, in its own dtype. ``amax``: float32 [], calibrated, or [.., 1], of
+        each token."""
 
     @torch.no_grad()
     def round_weight(self, weight: Tensor, amax: Tensor) -> Tensor:
@@ -63,23 +63,9 @@ class NumberFormat(ABC):
 
     def round_input(self, x: Tensor, amax: Tensor) -> Tensor:
         """``input_values`` with the gradient passed straight through, also where a value saturated."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            rounded: Tensor = _StraightThrough.apply(x, amax, self)
-            return rounded
         with torch.no_grad():
-            return self.input_values(x, amax)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Forward: the values of an input in a format. Backward: the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, amax: Tensor, number_format: NumberFormat) -> Tensor:
-        return number_format.input_values(x, amax)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0], None, None
+            values = self.input_values(x, amax)
+        return nvfp4.straight_through(x, values) if torch.is_grad_enabled() and x.requires_grad else values
 
 
 class NVFP4(NumberFormat):
@@ -100,12 +86,9 @@ class NVFP4(NumberFormat):
     def input_values(self, x: Tensor, amax: Tensor) -> Tensor:
         return nvfp4.fake_quantize(x, amax)
 
-    def round_input(self, x: Tensor, amax: Tensor) -> Tensor:
-        return nvfp4.fake_quantize(x, amax)
-
 
 def fp8_scale(amax: Tensor) -> Tensor:
-    """The per-tensor scale ``amax / 448``, float32 [], never below ``MIN_GLOBAL_SCALE``."""
+    """The scale ``amax / 448``, float32 in the shape of ``amax``, never below ``MIN_GLOBAL_SCALE``."""
     return (amax.float() / torch.full_like(amax, E4M3_MAX, dtype=torch.float32)).clamp_min(MIN_GLOBAL_SCALE)
 
 

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from megaqad.errors import UserError
 from megaqad.models.description import ModelDescription
 from megaqad.models.families import LinearSite, contraction_sizes, head_site, linear_modules, linear_sites
-from megaqad.quantization.formats import CHOICES, FORMATS, LinearFormat
+from megaqad.quantization.formats import CHOICES, FORMATS, LinearFormat, cache_number
 from megaqad.quantization.settings import QuantizationSettings
 
 HEAD = "lm_head"
@@ -65,11 +65,18 @@ class Recipe:
         )
 
     def _choose(self, hf_module: str) -> LinearFormat | None:
-        chosen: LinearFormat | None = LinearFormat(self.settings.weights, self.settings.activations)
-        for pattern, name in self.settings.formats.items():
+        name = own_format(self.settings.weights, self.settings.activations)
+        for pattern, other in self.settings.formats.items():
             if fnmatchcase(hf_module, pattern):
-                chosen = CHOICES[name]
-        return chosen
+                name = other
+        return self.named(name)
+
+    def named(self, name: str) -> LinearFormat | None:
+        """A member of ``CHOICES`` with input scales as this recipe takes them."""
+        chosen = CHOICES[name]
+        if chosen is None or self.settings.activation_scales == "static" or not chosen.has_input_scale:
+            return chosen
+        return replace(chosen, dynamic=True)
 
     def module_format(self, hf_module: str) -> LinearFormat | None:
         """Format of one module; None keeps it BF16."""
@@ -111,7 +118,7 @@ class Recipe:
 
     @property
     def kv_cache(self) -> str:
-        """``none``, ``fp8`` or ``nvfp4``."""
+        """A member of ``KV_CACHE``."""
         return self.settings.kv_cache
 
     @property
@@ -124,7 +131,7 @@ class Recipe:
         other = copy(self)
         other.rounds_activations = False
         other._formats = {
-            name: None if chosen is None else replace(chosen, activations="none")
+            name: None if chosen is None else replace(chosen, activations="none", dynamic=False)
             for name, chosen in self._formats.items()
         }
         return other
@@ -135,9 +142,15 @@ class Recipe:
             self._formats[name] = None
 
 
+def own_format(weights: str, activations: str) -> str:
+    """The member of ``CHOICES`` that a recipe's ``weights``, which are quantized, and ``activations`` are."""
+    wanted = LinearFormat(weights, activations)
+    return next(name for name, known in CHOICES.items() if known == wanted)
+
+
 def _named(chosen: LinearFormat | None) -> str:
     """A format as ``quantization.formats`` would call it."""
-    return next(name for name, known in CHOICES.items() if known == chosen)
+    return "bf16" if chosen is None else own_format(chosen.weights, chosen.activations)
 
 
 def recipe_for(settings: QuantizationSettings, description: ModelDescription, tensor: int = 1) -> Recipe:
@@ -160,10 +173,10 @@ def recipe_for(settings: QuantizationSettings, description: ModelDescription, te
             "lm_head shares its weight with the embedding in this model, which engines look up in BF16: "
             "add 'lm_head' to quantization.exclude"
         )
-    if recipe.kv_cache == "nvfp4" and description.head_dim % FORMATS["nvfp4"].block:
+    if cache_number(recipe.kv_cache) == "nvfp4" and description.head_dim % FORMATS["nvfp4"].block:
         raise UserError(
-            f"quantization.kv_cache=nvfp4 needs heads of a multiple of 16, this model's head_dim is "
-            f"{description.head_dim}: set quantization.kv_cache=fp8"
+            f"quantization.kv_cache={recipe.kv_cache} needs heads of a multiple of 16, this model's head_dim is "
+            f"{description.head_dim}: set quantization.kv_cache={recipe.kv_cache.replace('nvfp4', 'fp8')}"
         )
     if recipe.enabled and not recipe.quantized_modules():
         raise UserError("the recipe quantizes no module: widen quantization.include, or say quantization=none")

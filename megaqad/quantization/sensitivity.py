@@ -1,19 +1,22 @@
 """Which parts of a model quantization hurts: each layer group quantized alone, everything else in BF16.
 
-The quantizers of a calibrated student can be switched layer by layer, so this needs no second model: one forward pass
-over some held-out tokens per group. The teacher's hidden states are computed once (``Evaluator``).
+The quantizers of a calibrated student can be switched layer by layer, to another format too (what calibration found
+of the inputs holds for every format), so this needs no second model: one forward pass over some held-out tokens per
+group and format. The teacher's hidden states are computed once (``Evaluator``).
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
 from megaqad.models.description import ModelDescription
 from megaqad.models.families import hf_tensors
 from megaqad.quantization.allocation import Group, GroupKL, groups_of
+from megaqad.quantization.formats import LinearFormat
 from megaqad.quantization.layers import QuantizerMode
 from megaqad.quantization.recipe import Recipe
-from megaqad.quantization.state import quantized_caches, quantized_linears
+from megaqad.quantization.state import quantized_caches, quantized_linears, refresh_weights
+from megaqad.runtime.parallel import ParallelContext
 
 
 def quantized_groups(recipe: Recipe, description: ModelDescription) -> list[Group]:
@@ -34,21 +37,60 @@ def quantize_only(chunks: Sequence[torch.nn.Module], modules: Collection[str], *
         layer.mode = QuantizerMode.ON if layer.site.hf_modules[0] in modules else QuantizerMode.OFF
 
 
+def use_formats(
+    chunks: Sequence[torch.nn.Module], context: ParallelContext, formats: Mapping[str, LinearFormat]
+) -> None:
+    """Have this rank's layers compute in the format that their first module has in ``formats``, and quantize their
+    weights in it; other layers are left. For emulated layers of a model that only measures: what a checkpoint or an
+    export holds is for the recipe to say.
+
+    Collective: that of ``refresh_weights``.
+    """
+    for layer in quantized_linears(chunks):
+        layer.quantization = formats.get(layer.site.hf_modules[0], layer.quantization)
+    refresh_weights(chunks, context)
+
+
 def measure_groups(
-    chunks: Sequence[torch.nn.Module], groups: Sequence[Group], measure: Callable[[], float]
+    chunks: Sequence[torch.nn.Module],
+    groups: Sequence[Group],
+    measure: Callable[[], float],
+    *,
+    context: ParallelContext,
+    recipe: Recipe,
+    others: Sequence[str] = (),
 ) -> list[GroupKL]:
-    """KL of every group quantized alone; leaves everything quantized.
+    """KL of every group quantized alone; leaves everything quantized as ``recipe`` says.
 
     Args:
-        chunks: this rank's chunks of a calibrated student, its weights quantized.
+        chunks: this rank's chunks of a student calibrated by ``recipe``, its weights quantized.
         groups: the same on every rank.
         measure: held-out KL of ``chunks`` as they are, the same on every rank.
+        others: formats to measure besides the recipe's own, by their names in ``CHOICES``.
 
-    Collectives: those of ``measure``, once per group.
+    Collectives: those of ``measure``, once per group and format, and of ``use_formats`` per other format.
     """
-    found = []
+    found = _measure_alone(chunks, groups, measure)
+    other_kls: list[dict[str, float]] = [{} for _ in groups]
+    for name in others:
+        chosen = recipe.named(name)
+        assert chosen is not None, "BF16 needs no measuring"
+        use_formats(chunks, context, dict.fromkeys(recipe.formats, chosen))
+        for kls, kl in zip(other_kls, _measure_alone(chunks, groups, measure), strict=True):
+            kls[name] = kl
+    if others:
+        use_formats(chunks, context, recipe.formats)
+    quantize_only(chunks, recipe.formats, caches=True)
+    return [
+        GroupKL(group.name, kl, group.weights, kls) for group, kl, kls in zip(groups, found, other_kls, strict=True)
+    ]
+
+
+def _measure_alone(
+    chunks: Sequence[torch.nn.Module], groups: Sequence[Group], measure: Callable[[], float]
+) -> list[float]:
+    kls = []
     for group in groups:
         quantize_only(chunks, group.modules, caches=False)
-        found.append(GroupKL(group.name, measure(), group.weights))
-    quantize_only(chunks, {module for group in groups for module in group.modules}, caches=True)
-    return found
+        kls.append(measure())
+    return kls

@@ -11,12 +11,13 @@ from typing import Literal, get_args
 
 from megaqad.errors import UserError
 from megaqad.quantization.allocation import BF16_BITS, NVFP4_BITS
-from megaqad.quantization.formats import CHOICES, FORMATS, KV_CACHE, WEIGHT_ONLY
+from megaqad.quantization.formats import CHOICES, FORMATS, KV_CACHE, WEIGHT_ONLY, LinearFormat, calibrates_cache
 
 MISFITS = ("error", "keep")
 Backend = Literal["emulated", "transformer_engine"]
 CALIBRATIONS = ("max", "mse", "four_over_six")
 WEIGHT_SCALES = ("refreshed", "frozen", "learned")
+ACTIVATION_SCALES = ("static", "dynamic")
 SCALE_LR = 1e-4
 """Of learned scales, unless ``scale_lr`` says otherwise: amax is in units of weights."""
 
@@ -44,7 +45,8 @@ class QuantizationSettings:
 
     kv_cache: str = "none"
     """Format in which the engine keeps keys and values, and attention computes here: ``none`` (BF16), ``fp8``,
-    ``nvfp4``."""
+    ``nvfp4``, with scales from calibration; ``fp8_cast``, ``nvfp4_cast`` with a scale of 1, which engines take where an
+    export holds none (ModelOpt's ``*_cast`` recipes): magnitudes up to 448 are kept, without calibration."""
 
     on_misfit: str = "error"
     """A layer whose inputs (of one rank) do not divide into the format's blocks: ``error``, or ``keep`` it in BF16."""
@@ -52,6 +54,12 @@ class QuantizationSettings:
     backend: str = "emulated"
     """``emulated`` computes the NVFP4 function with BF16/FP32 GEMMs on any device; ``transformer_engine`` with NVFP4
     GEMMs on GPUs that have them (W4A4, compute capability 10.0 and above)."""
+
+    activation_scales: str = "static"
+    """Where the scales of NVFP4 and FP8 inputs come from: ``static``, calibration, as every engine reads them; or
+    ``dynamic``, each token's own largest value, without calibration. The export then holds no input scales. Of the
+    engines only TensorRT-LLM reads that, with one scale for all tokens of a call, which is each token's own where
+    calls have one; vLLM 0.33 and SGLang take a missing scale for something else. The KV cache stays calibrated."""
 
     calibration_samples: int = 64
     """Training sequences whose activations set the input scales."""
@@ -63,7 +71,7 @@ class QuantizationSettings:
     weight_scales: str = "refreshed"
     """``refreshed``: chosen again at every step, as weights train. ``frozen``: as calibration chose them; weights that
     outgrow them saturate. ``learned``: trained too (LSQ), from what calibration chose. A quantized lm_head is always
-    refreshed, by its largest magnitudes."""
+    refreshed."""
 
     scale_lr: float | None = None
     """Peak learning rate of learned scales; they have no weight decay. None is 1e-4."""
@@ -72,13 +80,25 @@ class QuantizationSettings:
     """Input scales cover this share of the magnitudes seen in calibration; the rest saturates."""
 
     auto: str | None = None
-    """``bits:<average>``: keep those layer groups BF16 that cost the most KL, so that the weights the recipe quantizes
-    average at most so many bits, block scales included (4.5 is all NVFP4). Measured once, then part of the run."""
+    """``bits:<average>``: which layer groups become FP8 or stay BF16, for the least KL at which the weights that the
+    recipe quantizes average at most so many bits, block scales included (4.5 is all NVFP4). Measured once, then part of
+    the run, and a recipe file for others: ``quantization=<output_dir>/auto.yaml``. Only BF16 is chosen beside NVFP4
+    where FP8 would not do: it rounds inputs, which weight-only recipes do not; ``transformer_engine`` has none."""
 
     @property
     def target_bits(self) -> float | None:
         """Average bits per weight that ``auto`` asks for."""
         return None if self.auto is None else float(self.auto.removeprefix("bits:"))
+
+    @property
+    def auto_formats(self) -> tuple[str, ...]:
+        """What ``auto`` may make of a layer besides the recipe's own format and BF16."""
+        return ("fp8",) if self.activations != "none" and self.backend == "emulated" else ()
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether scales come from calibration data: of inputs, unless dynamic, or of the KV cache."""
+        return self.weights != "none" and (calibrates_cache(self.kv_cache) or self.activation_scales == "static")
 
     def __post_init__(self) -> None:
         self._check_scales()
@@ -120,10 +140,25 @@ class QuantizationSettings:
                 raise UserError(f"quantization.include and quantization.exclude both list {name!r}: remove one")
         if self.auto is not None:
             self._check_auto(self.auto)
-        if self.calibration_samples < 1 and (self.activations, self.kv_cache) != ("none", "none"):
+        if self.activation_scales == "dynamic":
+            self._check_dynamic()
+        if self.calibration_samples < 1 and self.needs_data:
             raise UserError(
                 f"quantization.calibration_samples={self.calibration_samples} leaves the input scales unset: "
                 "use 1 or more"
+            )
+
+    def _check_dynamic(self) -> None:
+        formats = [LinearFormat(self.weights, self.activations), *(CHOICES[name] for name in self.formats.values())]
+        if not any(chosen.has_input_scale for chosen in formats if chosen is not None):
+            raise UserError(
+                "quantization.activation_scales=dynamic has no effect: no inputs are in NVFP4 or FP8, the formats with "
+                "a scale to choose; leave it out"
+            )
+        if self.activation_percentile < 100:
+            raise UserError(
+                f"quantization.activation_percentile={self.activation_percentile} is for calibrated scales, and "
+                "quantization.activation_scales=dynamic has none: leave one out"
             )
 
     def _check_auto(self, auto: str) -> None:
@@ -150,6 +185,7 @@ class QuantizationSettings:
         for name, value, choices in (
             ("calibration", self.calibration, CALIBRATIONS),
             ("weight_scales", self.weight_scales, WEIGHT_SCALES),
+            ("activation_scales", self.activation_scales, ACTIVATION_SCALES),
         ):
             if value not in choices:
                 raise UserError(f"quantization.{name}={value} is unknown: choose one of {', '.join(choices)}")

@@ -4,7 +4,7 @@ Every scale is a maximum over all ranks that hold a part of the tensor, so a mod
 The maxima of all layers travel in one all-reduce, not one per layer.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict, cast
 
@@ -30,6 +30,7 @@ from megaqad.quantization.layers import (
     QuantizedLinear,
     QuantizerMode,
 )
+from megaqad.quantization.quantizers import Quantizers
 from megaqad.quantization.recipe import Recipe
 from megaqad.quantization.scales import Scaling, percentile_of
 from megaqad.runtime.parallel import ParallelContext
@@ -47,12 +48,7 @@ def linear_for(recipe: Recipe, backend: str | None = None) -> LinearChoice:
     else:
         layers = {"column": NVFP4ColumnParallelLinear, "row": NVFP4RowParallelLinear}
 
-    settings = recipe.settings
-    scaling = Scaling(
-        calibration=cast(Method, settings.calibration),
-        weight_scales=settings.weight_scales,
-        activation_percentile=settings.activation_percentile,
-    )
+    scaling = _scaling_of(recipe)
 
     def choose(site: LinearSite) -> type | ModuleSpec:
         quantization = recipe.format_of(site.hf_modules)
@@ -63,6 +59,15 @@ def linear_for(recipe: Recipe, backend: str | None = None) -> LinearChoice:
         )
 
     return choose
+
+
+def _scaling_of(recipe: Recipe) -> Scaling:
+    settings = recipe.settings
+    return Scaling(
+        calibration=cast(Method, settings.calibration),
+        weight_scales=settings.weight_scales,
+        activation_percentile=settings.activation_percentile,
+    )
 
 
 class QuantizedModules(TypedDict):
@@ -91,16 +96,16 @@ def modules_for(recipe: Recipe, description: ModelDescription, backend: str | No
         site = head_site(description)
         quantization = recipe.format_of(site.hf_modules)
         if chunk.post_process and quantization is not None:
-            chunk.head_quantizer = HeadQuantizer(chunk.original_head, site, quantization)
+            chunk.head_quantizer = HeadQuantizer(chunk.original_head, site, quantization, _scaling_of(recipe))
 
     return QuantizedModules(linear_for=linear_for(recipe, backend), attention_core=attention, prepare=prepare)
 
 
-def quantized_linears(chunks: Sequence[torch.nn.Module]) -> Iterator[QuantizedLinear | HeadQuantizer]:
+def quantized_linears(chunks: Sequence[torch.nn.Module]) -> Iterator[Quantizers]:
     """The quantized layers on this rank, in model order; the head is the last."""
     for chunk in chunks:
         for module in chunk.modules():
-            if isinstance(module, QuantizedLinear | HeadQuantizer):
+            if isinstance(module, Quantizers):
                 yield module
 
 
@@ -135,12 +140,14 @@ def _maximum(values: list[Tensor], groups: Sequence[dist.ProcessGroup]) -> list[
 def refresh_weights(chunks: Sequence[torch.nn.Module], context: ParallelContext) -> None:
     """Quantize every weight for the coming forwards; call after loading and after each optimizer step.
 
-    Collective: one all-reduce (maximum) over the tensor-parallel group.
+    Collective: one all-reduce (maximum) over the tensor-parallel group, if the scales of any layer follow its weight.
     """
     layers = list(quantized_linears(chunks))
-    amaxes = _maximum([layer.largest_weight() for layer in layers], [context.tensor_group])
-    for layer, amax in zip(layers, amaxes, strict=True):
-        layer.set_quantized_weight(amax)
+    following = [layer for layer in layers if not layer.scaling.stored]
+    amaxes = _maximum([layer.largest_weight() for layer in following], [context.tensor_group])
+    found = dict(zip(following, amaxes, strict=True))
+    for layer in layers:
+        layer.set_quantized_weight(found.get(layer))
 
 
 @torch.no_grad()
@@ -153,14 +160,17 @@ def round_to_export_dtype(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 @torch.no_grad()
-def calibrate(chunks: Sequence[torch.nn.Module], context: ParallelContext, run_forward: Callable[[], object]) -> None:
+def calibrate(
+    chunks: Sequence[torch.nn.Module], context: ParallelContext, run_forward: Callable[[], object] | None
+) -> None:
     """Run data through the unquantized model and keep each layer's largest absolute input, in BF16, or the percentile
     of all that the recipe asks for; then choose the weight scales that are state.
 
     Leaves the model in mode ON with its weights quantized.
 
     Args:
-        run_forward: forwards the calibration batches through all pipeline stages of this rank.
+        run_forward: forwards the calibration batches through all pipeline stages of this rank; None when all scales are
+            dynamic or the weights' own, and there is nothing to find.
 
     Collectives: those of ``run_forward``, then one all-reduce (maximum) over the tensor-parallel group, which under
     sequence parallelism and in row-parallel layers holds different inputs, and one over the data-parallel group.
@@ -171,11 +181,13 @@ def calibrate(chunks: Sequence[torch.nn.Module], context: ParallelContext, run_f
     set_mode(chunks, QuantizerMode.CALIBRATE)
     for _, amax in calibrated(chunks):
         amax.zero_()
-    for layer in quantized_linears(chunks):
-        if isinstance(layer, QuantizedLinear):
-            layer.input_counts = None
-    run_forward()
-    found = calibrated(chunks)
+    layers = list(quantized_linears(chunks))
+    for layer in layers:
+        layer.input_counts = None
+    found = []
+    if run_forward is not None:
+        run_forward()
+        found = calibrated(chunks)
     reduced = _maximum([amax for _, amax in found], [context.tensor_group, context.data_group])
     for (what, buffer), amax in zip(found, reduced, strict=True):
         value = amax.item()
@@ -185,32 +197,36 @@ def calibrate(chunks: Sequence[torch.nn.Module], context: ParallelContext, run_f
                 "checkpoint and the calibration data"
             )
         buffer.copy_(_up_to_bfloat16(amax))
-    layers = [layer for layer in quantized_linears(chunks) if isinstance(layer, QuantizedLinear)]
     for layer in layers:
         _apply_percentile(layer, context)
-    _choose_scales(layers, context)
+    _choose_scales([layer for layer in layers if isinstance(layer, QuantizedLinear)], context)
     refresh_weights(chunks, context)
     set_mode(chunks, QuantizerMode.ON)
 
 
 def calibrated(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, Tensor]]:
     """What each calibrated maximum on this rank is of, in words, and the float32 [] buffer that holds it."""
-    inputs = [(f"input at {layer.site.hf_modules[0]}", layer.input_amax) for layer in quantized_linears(chunks)]
-    return inputs + [(f"output at {name}", amax) for name, amax in _cache_buffers(chunks)]
+    inputs = [
+        (f"input at {layer.site.hf_modules[0]}", layer.input_amax)
+        for layer in quantized_linears(chunks)
+        if not layer.quantization.dynamic
+    ]
+    caches = [cache for cache in quantized_caches(chunks) if cache.calibrates]
+    return inputs + [(f"output at {name}", amax) for name, amax in _cache_buffers(caches)]
 
 
 def cache_amaxes(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
-    """Calibrated largest key by ``k_proj`` module name and value by ``v_proj``'s, for the layers on this rank."""
-    return {name: amax.item() for name, amax in _cache_buffers(chunks)}
+    """Largest key by ``k_proj`` module name and value by ``v_proj``'s, for the layers on this rank."""
+    return {name: amax.item() for name, amax in _cache_buffers(quantized_caches(chunks))}
 
 
-def _cache_buffers(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    """(module whose outputs it is of, float32 [] buffer) of every calibrated largest key and value on this rank."""
-    for cache in quantized_caches(chunks):
+def _cache_buffers(caches: Iterable[QuantizedCausalAttention]) -> Iterator[tuple[str, Tensor]]:
+    """(module whose outputs it is of, float32 [] buffer) of every largest key and value."""
+    for cache in caches:
         yield from zip(cache.hf_modules, (cache.key_amax, cache.value_amax), strict=True)
 
 
-def _apply_percentile(layer: QuantizedLinear, context: ParallelContext) -> None:
+def _apply_percentile(layer: Quantizers, context: ParallelContext) -> None:
     """Lower the input amax to the percentile. Collectives: two sums of counts where a layer has them."""
     if layer.input_counts is None:
         return
@@ -237,17 +253,12 @@ def _choose_scales(layers: Sequence[QuantizedLinear], context: ParallelContext) 
 
 
 def weight_scales(chunks: Sequence[torch.nn.Module]) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """What each quantized layer's copy was quantized with (``scales``), by its first Hugging Face module; the head's
-    scales are always its weight's own."""
-    return {
-        layer.site.hf_modules[0]: layer.scales
-        for layer in quantized_linears(chunks)
-        if isinstance(layer, QuantizedLinear)
-    }
+    """What each quantized layer's copy was quantized with (``scales``), by its first Hugging Face module."""
+    return {layer.site.hf_modules[0]: layer.scales for layer in quantized_linears(chunks)}
 
 
 def input_amaxes(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
-    """Calibrated input amax by Hugging Face module name, for the layers on this rank."""
+    """Calibrated input amax by Hugging Face module name, for the layers on this rank; 0 where scales are dynamic."""
     return {name: layer.input_amax.item() for layer in quantized_linears(chunks) for name in layer.site.hf_modules}
 
 

@@ -21,10 +21,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from megaqad.nvfp4 import fake_quantize, tensor_amax
+from megaqad.nvfp4 import fake_quantize
 from megaqad.quantization.layers import QuantizedLinear, QuantizerMode
 
 RECIPE = {
@@ -58,8 +57,9 @@ class TransformerEngineLinear(QuantizedLinear):
         super().__init__(*args, **kwargs)
         self._weight_is_new = True
 
-    def set_quantized_weight(self, amax: Tensor) -> None:
+    def set_quantized_weight(self, amax: Tensor | None) -> None:
         """Have Transformer Engine quantize the weight at the next quantized forward, and keep it until called again."""
+        assert amax is not None, "this backend has no scales that are state"
         self._scales = (amax, None)
         self._weight_is_new = True
 
@@ -73,7 +73,7 @@ class TransformerEngineLinear(QuantizedLinear):
         """Shapes, sharding and collectives as in Megatron-Core's layer."""
         on = self.mode is QuantizerMode.ON
         if self.mode is QuantizerMode.CALIBRATE:
-            self.input_amax.copy_(torch.maximum(self.input_amax, tensor_amax(x.detach())))
+            self.observe(x)
         # Megatron's wrapper hands this to Transformer Engine, which keeps a quantized weight while it is False.
         self.is_first_microbatch = self._weight_is_new
         with self.autocast(on):

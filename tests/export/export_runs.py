@@ -18,11 +18,11 @@ from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import describe_model
 from megaqad.models.hf_reader import load_weights
 from megaqad.quantization.formats import CHOICES
-from megaqad.quantization.recipe import recipe_for
 from megaqad.quantization.settings import QuantizationSettings
-from megaqad.quantization.state import cache_amaxes, calibrate, input_amaxes, modules_for
+from megaqad.quantization.state import cache_amaxes, input_amaxes
 from megaqad.runtime.parallel import ParallelContext, ParallelSizes, parallel
 from tests.models.megatron_runs import whole_logits
+from tests.quantization.models import calibrated_student
 
 
 def export_weights(rank: int, world: int, folder: Path, sizes: ParallelSizes, options: dict[str, Any]) -> None:
@@ -75,13 +75,9 @@ def calibrate_and_export(rank: int, world: int, folder: Path, sizes: ParallelSiz
     ``options``: output_dir, settings (QuantizationSettings arguments), dtype, tokens.
     """
     with parallel(sizes) as context:
-        description = describe_model(folder)
-        recipe = recipe_for(QuantizationSettings(**options["settings"]), description, sizes.tensor)
-        config = transformer_config(description, sizes, dtype=options["dtype"])
-        chunks = build_model(description, config, context, **modules_for(recipe, description))
-        load_weights(chunks, description, folder)
         tokens = options["tokens"]
-        calibrate(chunks, context, lambda: forward_hidden(chunks, list(torch.from_numpy(tokens).split(1))))
+        settings = QuantizationSettings(**options["settings"])
+        chunks, description, recipe = calibrated_student(context, folder, settings, tokens, options["dtype"])
 
         def logits_of(model: list[CausalLM]) -> Tensor | None:
             return gathered_logits(model, context, tokens)

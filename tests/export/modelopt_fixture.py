@@ -47,16 +47,18 @@ def quant_cfg(formats: dict[str, str], kv_cache: str) -> list[dict[str, Any]]:
     return rules
 
 
-def modelopt_export(
-    folder: Path, output: Path, tokens: torch.Tensor, formats: dict[str, str], kv_cache: str
-) -> Calibrated:
-    """Quantize and export the checkpoint with ModelOpt."""
+def max_settings(formats: dict[str, str], kv_cache: str) -> dict[str, Any]:
+    """ModelOpt's settings for formats by pattern, calibrated by the largest values."""
+    return {"quant_cfg": quant_cfg(formats, kv_cache), "algorithm": "max"}
+
+
+def modelopt_export(folder: Path, output: Path, tokens: torch.Tensor, settings: dict[str, Any]) -> Calibrated:
+    """Quantize by ModelOpt's ``settings`` and export the checkpoint with ModelOpt."""
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    settings = {"quant_cfg": quant_cfg(formats, kv_cache), "algorithm": "max"}
     model = mtq.quantize(model, settings, lambda quantized: quantized(tokens))
     inputs, caches = {}, {}
     for name, module in model.named_modules():
@@ -66,8 +68,7 @@ def modelopt_export(
                 inputs[parent] = module.amax.float().item()
             elif kind in ("k_bmm_quantizer", "v_bmm_quantizer"):
                 caches[f"{parent}.{kind[0]}_proj"] = module.amax.float().item()
-    if "fp8" in formats.values():
-        _share_fp8_scales(model)
+    _share_fp8_scales(model)
     export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=str(output))
     return Calibrated(inputs, caches)
 

@@ -14,7 +14,7 @@ from megaqad.models.description import describe_model
 from megaqad.models.families import linear_modules
 from megaqad.runtime.parallel import ParallelSizes
 from tests.export.export_runs import export_weights, refused_export
-from tests.export.modelopt_fixture import modelopt_export
+from tests.export.modelopt_fixture import max_settings, modelopt_export
 from tests.models.checkpoints import CASES, make_checkpoint, random_tokens
 from tests.ranks import run_ranks
 
@@ -53,7 +53,7 @@ def test_bytes_equal_modelopt_from_every_layout(recipe: str, tmp_path: Path) -> 
     case, patterns, kv_cache = RECIPES[recipe]
     folder = make_checkpoint(case, tmp_path / "in", dtype=torch.bfloat16)
     tokens = torch.from_numpy(random_tokens(CASES[case]["vocab_size"]))
-    theirs = modelopt_export(folder, tmp_path / "theirs", tokens, patterns, kv_cache)
+    theirs = modelopt_export(folder, tmp_path / "theirs", tokens, max_settings(patterns, kv_cache))
     modules = linear_modules(describe_model(folder)) + (["lm_head"] if "lm_head" in patterns else [])
     formats = {name: [choice for pattern, choice in patterns.items() if fnmatch(name, pattern)][-1] for name in modules}
     formats = {name: choice for name, choice in formats.items() if choice != "bf16"}

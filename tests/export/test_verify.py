@@ -96,6 +96,14 @@ def test_a_good_export_passes(export: Export, tmp_path: Path) -> None:
         ("llama", {"exclude": [], "formats": {"*.self_attn.*": "fp8", "lm_head": "fp8"}}),
         ("llama", {"exclude": [], "kv_cache": "fp8"}),
         ("mistral", {"kv_cache": "nvfp4", "activations": "none"}),
+        ("qwen3", {"kv_cache": "fp8_cast"}),
+        ("mistral", {"kv_cache": "nvfp4_cast", "activation_scales": "dynamic"}),
+        ("qwen3", {"activation_scales": "dynamic"}),
+        ("llama", {"activation_scales": "dynamic", "exclude": [], "formats": {"*_proj": "fp8"}, "kv_cache": "fp8"}),
+        (
+            "mxfp_llama",
+            {"activation_scales": "dynamic", "formats": {"*.1.mlp.*": "mxfp8", "*.2.mlp.*": "nvfp4_weight_only"}},
+        ),
         ("mxfp_llama", {"weights": "mxfp8", "activations": "mxfp8"}),
         ("mxfp_llama", {"weights": "mxfp4", "activations": "mxfp4", "formats": {"*.mlp.*": "nvfp4_weight_only"}}),
     ],
@@ -222,11 +230,41 @@ def rewrite_json(folder: Path, name: str, change: Callable[[dict], Any]) -> None
         ("hf_quant_config.json", lambda c: c["quantization"].pop("kv_cache_quant_algo"), ["kv_cache_quant_algo"]),
         ("config.json", lambda c: c["quantization_config"].pop("config_groups"), ["lack 'config_groups'"]),
         ("config.json", lambda c: c.pop("quantization_config"), ["input_scale is not part of this model"]),
+        (
+            "config.json",
+            lambda c: c["quantization_config"].update(activation_scheme="dynamic"),
+            ["config.json says", "dynamic"],
+        ),
     ],
 )
 def test_contradicting_settings_are_found(export: Export, name: str, change: Callable, words: list[str]) -> None:
     rewrite_json(export.folder, name, change)
     refused(export, *words)
+
+
+def test_a_cache_without_scales_is_under_a_scale_of_one(tmp_path: Path) -> None:
+    export = exported("llama", tmp_path, ParallelSizes(), kv_cache="fp8", activations="none")
+    check(export)
+    names = [name for name in load_file(export.folder / WEIGHTS) if name.endswith(("k_scale", "v_scale"))]
+    assert len(names) == 2 * 4
+    rewrite(export.folder, lambda tensors: [tensors.pop(name) for name in names[1:]])
+    refused(export, "_scale is missing (7 in all)")
+    rewrite(export.folder, lambda tensors: tensors.pop(names[0]))
+    refused(export, "k_scale is missing, which means a scale of 1")
+
+
+def test_dynamic_scales_are_said_in_both_files_and_stored_in_none(tmp_path: Path) -> None:
+    export = exported("llama", tmp_path, ParallelSizes(), activation_scales="dynamic")
+    assert not [name for name in load_file(export.folder / WEIGHTS) if name.endswith("input_scale")]
+    config = json.loads((export.folder / "config.json").read_text())["quantization_config"]
+    details = json.loads((export.folder / "hf_quant_config.json").read_text())["quantization"]
+    assert config["activation_scheme"] == details["activation_scheme"] == "dynamic"
+    assert config["config_groups"]["group_0"]["input_activations"]["dynamic"] is True
+    assert config["config_groups"]["group_0"]["weights"]["dynamic"] is False
+    check(export)
+    for name, part in (("config.json", "quantization_config"), ("hf_quant_config.json", "quantization")):
+        rewrite_json(export.folder, name, lambda c, part=part: c[part].update(activation_scheme="static"))
+    refused(export, "activation_scheme=static cannot be verified")
 
 
 def test_a_changed_config_is_found(export: Export) -> None:

@@ -10,6 +10,7 @@ from megaqad.nvfp4 import (
     fake_quantize,
     fake_quantize_packed,
     quantize,
+    row_amax,
     tensor_amax,
     vectorized,
 )
@@ -156,6 +157,27 @@ def test_shards_concatenate_to_the_whole(impl, parts, dim, dtype):
     assert_same_bits(pieces[0].global_scale, whole.global_scale)
     values = torch.cat([fake_quantize(shard, amax, impl=impl) for shard in shards], dim)
     assert_same_bits(values, fake_quantize(x, impl=impl))
+
+
+@pytest.mark.parametrize("impl", ALL)
+@dtypes
+@kinds
+def test_rows_with_scales_of_their_own(impl, dtype, kind):
+    """Each row as if it were a tensor alone, with its own amax or a given one; and both shapes of rows."""
+    x = make(kind, dtype)
+    for amax in (row_amax(x), row_amax(x) * 0.3):
+        whole = quantize(x, amax, impl=impl)
+        rows = [quantize(row, each.reshape(()), impl="reference") for row, each in zip(x, amax, strict=True)]
+        assert whole.global_scale.shape == (len(x), 1)
+        for name in ("codes", "block_scales"):
+            assert_same_bits(getattr(whole, name), torch.stack([getattr(row, name) for row in rows]))
+        assert_same_bits(whole.global_scale.flatten(), torch.stack([row.global_scale for row in rows]))
+        values, packed = fake_quantize_packed(x, amax, impl=impl)
+        assert_same_bits(values, torch.stack([dequantize(row, dtype, impl="reference") for row in rows]))
+        assert_same(packed, whole)
+        assert_same_bits(dequantize(whole, dtype, impl=impl), values)
+        folded = fake_quantize(x.view(8, 12, -1), amax.view(8, 12, 1), impl=impl)
+        assert_same_bits(folded.view_as(values), values)
 
 
 @pytest.mark.parametrize("impl", ALL)

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from megaqad.export.dequantizer import round_fp8_tokens, round_nvfp4_tokens
 from megaqad.nvfp4 import fake_quantize, tensor_amax
+from megaqad.quantization.formats import LinearFormat
+from megaqad.quantization.numbers import number_format
 
 TOKENS, INPUTS, OUTPUTS = 6, 64, 96
 
@@ -11,7 +14,7 @@ TOKENS, INPUTS, OUTPUTS = 6, 64, 96
 def operands():
     """Input [s, b, in], weight [out, in] representable in BF16, output gradient [s, b, out]."""
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(TOKENS, 2, INPUTS, generator=generator)
+    x = torch.randn(TOKENS, 2, INPUTS, generator=generator) * torch.logspace(-3, 1, TOKENS)[:, None, None]
     weight = torch.randn(OUTPUTS, INPUTS, generator=generator).bfloat16().float()
     gradient = torch.randn(TOKENS, 2, OUTPUTS, generator=generator)
     return x, weight, gradient
@@ -24,15 +27,32 @@ def input_amax(x):
     return (nearest if nearest.float() >= x.detach().abs().max() else above).float()
 
 
+def rounded(x, activations):
+    """The whole input as the layer should multiply it: by its calibrated scale, or as the exports' reader does."""
+    if activations == "dynamic nvfp4":
+        return round_nvfp4_tokens(x)
+    if activations == "dynamic fp8":
+        return round_fp8_tokens(x)
+    return fake_quantize(x, input_amax(x)) if activations == "nvfp4" else x
+
+
 def dense(activations):
-    """Reference: output, input gradient and weight gradient of the whole layer; its input scale is the calibrated."""
+    """Reference: output, input gradient and weight gradient of the whole layer."""
     x, weight, gradient = operands()
-    x.requires_grad_()
-    weight.requires_grad_()
-    inputs = fake_quantize(x, input_amax(x)) if activations == "nvfp4" else x
-    output = inputs @ fake_quantize(weight, tensor_amax(weight)).t()
+    inputs = rounded(x, activations).requires_grad_()
+    numbers = number_format(FORMATS[activations].weights)
+    quantized = numbers.round_weight(weight, tensor_amax(weight)).requires_grad_()
+    output = inputs @ quantized.t()
     output.backward(gradient)
-    return output.detach(), x.grad, weight.grad
+    return output.detach(), inputs.grad, quantized.grad
+
+
+FORMATS = {
+    "nvfp4": LinearFormat("nvfp4", "nvfp4"),
+    "none": LinearFormat("nvfp4", "none"),
+    "dynamic nvfp4": LinearFormat("nvfp4", "nvfp4", dynamic=True),
+    "dynamic fp8": LinearFormat("fp8", "fp8", dynamic=True),
+}
 
 
 def parallel_layer(rank, world_size, kind, sequence, activations):
@@ -41,7 +61,6 @@ def parallel_layer(rank, world_size, kind, sequence, activations):
 
     from megaqad.models.families import LinearSite
     from megaqad.quantization.layers import NVFP4ColumnParallelLinear, NVFP4RowParallelLinear, QuantizerMode
-    from megaqad.quantization.recipe import LinearFormat
     from megaqad.quantization.state import calibrate
     from megaqad.runtime.parallel import ParallelSizes, parallel
 
@@ -64,7 +83,7 @@ def parallel_layer(rank, world_size, kind, sequence, activations):
             bias=False,
             skip_bias_add=False,
             site=LinearSite(layer=0, role="fc1", parallel=kind, hf_modules=("layer",)),
-            quantization=LinearFormat("nvfp4", activations),
+            quantization=FORMATS[activations],
             **split,
         )
         x, weight, gradient = operands()
@@ -74,7 +93,8 @@ def parallel_layer(rank, world_size, kind, sequence, activations):
         whole_input = x if kind == "column" else x.chunk(world_size, -1)[rank]
         ours = whole_input.chunk(world_size)[rank] if sequence and kind == "column" else whole_input
         ours = ours.clone().requires_grad_()
-        calibrate([layer], context, lambda: layer(ours.detach()))
+        dynamic = layer.quantization.dynamic
+        calibrate([layer], context, None if dynamic else lambda: layer(ours.detach()))
         output, _ = layer(ours)
         wanted = gradient.chunk(world_size, -1)[rank] if kind == "column" else gradient
         wanted = wanted.chunk(world_size)[rank] if sequence and kind == "row" else wanted
@@ -83,7 +103,7 @@ def parallel_layer(rank, world_size, kind, sequence, activations):
         return output.detach(), ours.grad, layer.weight.grad, layer.input_amax.item()
 
 
-@pytest.mark.parametrize("activations", ["nvfp4", "none"])
+@pytest.mark.parametrize("activations", FORMATS)
 @pytest.mark.parametrize(
     ("kind", "ranks", "sequence"),
     [("column", 1, False), ("column", 2, False), ("column", 2, True), ("row", 2, False), ("row", 2, True)],
@@ -93,7 +113,8 @@ def test_parallel_equals_dense(run_ranks, kind, ranks, sequence, activations):
     found = run_ranks(ranks, parallel_layer, kind, sequence, activations)
     outputs, input_gradients, weight_gradients, amaxes = zip(*found, strict=True)
     (amax,) = set(amaxes)  # the same on every rank, the maximum of all, rounded up to BF16
-    assert operands()[0].abs().max() <= amax < operands()[0].abs().max() * (1 + 2**-7)
+    largest = operands()[0].abs().max()
+    assert amax == 0 if FORMATS[activations].dynamic else largest <= amax < largest * (1 + 2**-7)
     assert torch.tensor(amax).bfloat16().item() == amax
     if kind == "column":
         joined_output = torch.cat(outputs, -1)

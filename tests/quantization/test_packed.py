@@ -31,7 +31,8 @@ def train_once(rank, world_size, packs, dtype, options):
 
     with parallel(ParallelSizes(tensor=world_size, sequence=options["sequence"])) as context:
         torch.manual_seed(11)
-        chunks = small_quantized_model(context, dtype=dtype, recompute=options["recompute"])
+        recipe = options.get("recipe", {})
+        chunks = small_quantized_model(context, dtype=dtype, recompute=options["recompute"], **recipe)
         tokens = torch.randint(0, 64, (2, 1, 16), generator=torch.Generator().manual_seed(5))
         calibrate(chunks, context, lambda: forward_hidden(chunks, list(tokens)))
         for layer in quantized_linears(chunks):
@@ -50,8 +51,9 @@ def train_once(rank, world_size, packs, dtype, options):
         (2, {"sequence": False, "recompute": False}),
         (2, {"sequence": True, "recompute": False}),
         (2, {"sequence": True, "recompute": True}),
+        (2, {"sequence": True, "recompute": True, "recipe": {"activation_scales": "dynamic"}}),
     ],
-    ids=["tp1", "tp2", "tp2-sp", "tp2-sp-recompute"],
+    ids=["tp1", "tp2", "tp2-sp", "tp2-sp-recompute", "tp2-sp-recompute-dynamic"],
 )
 def test_gradients_are_the_same_bits(run_ranks, ranks, options, dtype):
     for packed, plain in zip(

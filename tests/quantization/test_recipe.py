@@ -196,7 +196,6 @@ def test_modelopt_recipes_mean_the_same(name, tmp_path):
     ("name", "said"),
     [
         ("general/ptq/nvfp4_default-kv_none-gptq", "algorithm=gptq is not supported"),
-        ("general/ptq/nvfp4_default-kv_fp8_cast", "use_constant_amax=True"),
         ("general/ptq/int4_blockwise_weight_only", "num_bits=4"),
         ("general/ptq/nvfp4_defalt-kv_fp8", "did you mean general/ptq/nvfp4_default-kv_fp8?"),
         ("general/speculative_decoding/eagle3", "has no quantize.quant_cfg"),

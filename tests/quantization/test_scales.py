@@ -88,27 +88,17 @@ def test_percentile_counts_exactly():
 
 def exported(rank, world, folder, sizes, options):
     """Calibrate, maybe spoil the weights, export; what the forward pass multiplied with, by module name."""
-    from megaqad.distillation.forward import forward_hidden
     from megaqad.export.modelopt import Quantization, export_modelopt
-    from megaqad.models.build import build_model, transformer_config
-    from megaqad.models.description import describe_model
-    from megaqad.models.hf_reader import load_weights
-    from megaqad.quantization.recipe import recipe_for
-    from megaqad.quantization.state import calibrate, input_amaxes, linear_for, quantized_linears, refresh_weights
+    from megaqad.quantization.state import input_amaxes, quantized_linears, refresh_weights
     from megaqad.runtime.parallel import parallel
+    from tests.quantization.models import calibrated_student
 
     with parallel(sizes) as context:
-        description = describe_model(folder)
-        recipe = recipe_for(options["settings"], description)
-        config = transformer_config(description, sizes, dtype=torch.float32)
-        chunks = build_model(description, config, context, linear_for=linear_for(recipe))
-        load_weights(chunks, description, folder)
-        tokens = torch.from_numpy(options["tokens"])
-        calibrate(chunks, context, lambda: forward_hidden(chunks, list(tokens.split(1))))
+        chunks, description, recipe = calibrated_student(context, folder, options["settings"], options["tokens"])
         if "move" in options:
             with torch.no_grad():
                 for layer in quantized_linears(chunks):
-                    layer.weight.mul_(options["move"])
+                    layer.current_weight().mul_(options["move"])
                     if layer.scaling.weight_scales == "learned":
                         layer.weight_amax.mul_(1.1)
                         layer.weight_block_amax.mul_(0.9)
@@ -138,13 +128,20 @@ def model(tmp_path_factory):
 TOKENS = np.random.default_rng(0).integers(0, 64, (4, 24))
 SETTINGS = [
     QuantizationSettings(calibration="mse"),
+    QuantizationSettings(calibration="mse", exclude=[]),
     QuantizationSettings(calibration="four_over_six", activation_percentile=99.0),
+    QuantizationSettings(calibration="four_over_six", activation_percentile=99.0, exclude=[]),
     QuantizationSettings(calibration="mse", weight_scales="frozen"),
     QuantizationSettings(calibration="max", weight_scales="learned"),
+    QuantizationSettings(calibration="mse", weight_scales="learned", exclude=[]),  # the head's are refreshed
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda one: f"{one.calibration}-{one.weight_scales}")
+def named(settings):
+    return f"{settings.calibration}-{settings.weight_scales}{'' if settings.exclude else '-head'}"
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=named)
 def test_exported_bytes(settings, model, run_ranks, tmp_path):
     """Tensor 2 x pipeline 2 writes one rank's bytes, and they are the values that the student computes with."""
     from megaqad.export.dequantizer import read_nvfp4
@@ -157,6 +154,7 @@ def test_exported_bytes(settings, model, run_ranks, tmp_path):
         used = run_ranks(sizes.model_ranks, exported, model, sizes, options)[0]
         files.append(load_file(output / "model.safetensors"))
         if used is not None:
+            assert ("lm_head" in used) == (settings.exclude == [])
             assert len(used) >= 4
             for name, value in used.items():
                 parts = (files[0][f"{name}.{part}"] for part in ("weight", "weight_scale", "weight_scale_2"))
@@ -186,6 +184,39 @@ def test_frozen_scales_stay_and_refreshed_follow(model, run_ranks, tmp_path):
     assert found["refreshed", 2.0] == 2 * found["refreshed", 1.0]
 
 
+def test_the_head_is_nearer_to_its_weight_by_the_methods_that_look_for_that(model, run_ranks, tmp_path):
+    from megaqad.export.dequantizer import read_nvfp4
+    from megaqad.runtime.sizes import ParallelSizes
+
+    weight, errors = load_file(model / "model.safetensors")["lm_head.weight"].float(), {}
+    for calibration in ("max", "four_over_six", "mse"):
+        settings = QuantizationSettings(calibration=calibration, exclude=[])
+        options = {"settings": settings, "tokens": TOKENS, "output_dir": tmp_path / calibration}
+        run_ranks(1, exported, model, ParallelSizes(), options)
+        files = load_file(options["output_dir"] / "model.safetensors")
+        parts = (files[f"lm_head.{part}"] for part in ("weight", "weight_scale", "weight_scale_2"))
+        errors[calibration] = (read_nvfp4(*parts) - weight).norm().item()
+    assert errors["mse"] < errors["four_over_six"] < errors["max"]
+
+
+@pytest.mark.parametrize("number", ["nvfp4", "fp8"])
+def test_a_percentile_lowers_every_input_scale(number, model, run_ranks, tmp_path):
+    from megaqad.runtime.sizes import ParallelSizes
+
+    scales = []
+    for percentile in (100.0, 95.0):
+        settings = QuantizationSettings(
+            weights=number, activations=number, activation_percentile=percentile, exclude=[]
+        )
+        options = {"settings": settings, "tokens": TOKENS, "output_dir": tmp_path / f"{percentile}"}
+        run_ranks(1, exported, model, ParallelSizes(), options)
+        files = load_file(options["output_dir"] / "model.safetensors")
+        scales.append({name: tensor.item() for name, tensor in files.items() if name.endswith("input_scale")})
+    largest, lowered = scales
+    assert len(largest) == 4 * 7 + 1
+    assert all(lowered[name] < 0.9 * largest[name] for name in largest)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -193,6 +224,16 @@ def test_frozen_scales_stay_and_refreshed_follow(model, run_ranks, tmp_path):
         ({"weight_scales": "fixed"}, "quantization.weight_scales=fixed is unknown"),
         ({"scale_lr": 1e-4}, "quantization.scale_lr=0.0001 trains nothing"),
         ({"scale_lr": -1.0, "weight_scales": "learned"}, "scale_lr=-1.0 must be above 0"),
+        (
+            {"activation_scales": "auto"},
+            "quantization.activation_scales=auto is unknown: choose one of static, dynamic",
+        ),
+        ({"activation_scales": "dynamic", "activations": "none"}, "activation_scales=dynamic has no effect"),
+        (
+            {"activation_scales": "dynamic", "weights": "mxfp8", "activations": "mxfp8", "formats": {"*": "mxfp4"}},
+            "activation_scales=dynamic has no effect",
+        ),
+        ({"activation_scales": "dynamic", "activation_percentile": 99.9}, "activation_scales=dynamic has none"),
         ({"activation_percentile": 101}, "activation_percentile=101 must be above 0 and at most 100"),
     ],
 )

@@ -61,6 +61,11 @@ def test_a_blackwell_is_accepted_and_the_emulated_backend_needs_nothing(machine)
     ("changes", "dtype", "told"),
     [
         ({"activations": "none"}, "bfloat16", "not quantization.weights=nvfp4 with quantization.activations=none"),
+        (
+            {"activation_scales": "dynamic"},
+            "bfloat16",
+            "not each token's own as quantization.activation_scales=dynamic",
+        ),
         ({}, "float32", "runtime.dtype=float32 would train another function"),
     ],
 )
