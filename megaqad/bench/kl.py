@@ -35,7 +35,7 @@ from megaqad.bench.memory import peak_memory
 from megaqad.losses import linear_kl, reference, vocab_parallel_kl
 
 _LOGITS = {"cpu": ((2048, 32000), (512, 151936)), "cuda": ((8192, 32000), (4096, 151936))}
-_HEADS = {"cpu": ((2048, 32000, 256), (1024, 32000, 1024)), "cuda": ((8192, 151936, 4096), (8192, 151936, 2048))}
+_HEADS = {"cpu": ((2048, 32000, 256), (2048, 32000, 1024)), "cuda": ((8192, 151936, 4096), (8192, 151936, 2048))}
 _ERRORS = (64, 16000, 512)
 _LOGIT_STD, _NOISE = 5.0, 0.018
 _IGNORE = -100
@@ -95,13 +95,14 @@ def bench_kl(
         "dtype": "bfloat16",
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "allocator": _allocator(where),
+        "allocator": allocator(where),
     }
     for row in _rows(logits_shapes or _LOGITS[where.type], head_shapes or _HEADS[where.type], where, repeats, seed):
         yield common | row
 
 
-def _allocator(device: torch.device) -> str:
+def allocator(device: torch.device) -> str:
+    """Whether freed memory is reused, which decides ratios on the CPU."""
     if device.type == "cuda":
         return "caching"
     return "reuse" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "default"
@@ -169,11 +170,16 @@ def plain_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
 
 
-def logits_contestants(tokens: int, vocabulary: int, device: torch.device, seed: int) -> Contestants:
+def make_logits(tokens: int, vocabulary: int, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
+    """BF16 logits [tokens, vocabulary] of a student and its teacher, of standard deviation 5, 0.1 apart."""
     draw = torch.Generator().manual_seed(seed)
     teacher = torch.randn(tokens, vocabulary, generator=draw).mul_(_LOGIT_STD)
-    student = (teacher + 0.1 * torch.randn(tokens, vocabulary, generator=draw)).to(device, torch.bfloat16)
-    teacher = teacher.to(device, torch.bfloat16)
+    student = teacher + 0.1 * torch.randn(tokens, vocabulary, generator=draw)
+    return student.to(device, torch.bfloat16), teacher.to(device, torch.bfloat16)
+
+
+def logits_contestants(tokens: int, vocabulary: int, device: torch.device, seed: int) -> Contestants:
+    student, teacher = make_logits(tokens, vocabulary, device, seed)
 
     def contestant(token_kl: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Run]:
         def prepare() -> Run:
@@ -311,13 +317,17 @@ def _ratios_to_products(name: str, medians: Mapping[str, float]) -> dict[str, fl
     return {f"ratio_to_{products}": medians[name] / medians[products] for products in ("products", "products_fp32")}
 
 
-def _seconds(run: Run, device: torch.device) -> float:
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _seconds(run: Run, device: torch.device) -> float:
+    wait(device)
     start = time.perf_counter()
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait(device)
     return time.perf_counter() - start
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch.distributed as dist
+
 from megaqad.bench import nvfp4, step
 from megaqad.bench.step import TimedStep
 from megaqad.commands.session import Session
@@ -18,15 +20,24 @@ from megaqad.distillation.step import MicroBatch, Objective
 from megaqad.distillation.teachers import LiveTeacher
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.hf_reader import load_weights
+from megaqad.runtime import launch
+from megaqad.runtime.parallel import ParallelSizes, join_ranks, parallel
 from megaqad.training.optimizer import build_optimizer, wrap_for_training
 
 REPEATS = 7
 
 
 def bench_kl() -> None:
-    """``megaqad bench kl``, on one process."""
-    from megaqad.bench import kl, trained
+    """``megaqad bench kl``, on one process, or every rank's part of it under torchrun: the vocabulary sharded."""
+    from megaqad.bench import kl, sharded_kl, trained
 
+    if launch.is_rank():
+        join_ranks()
+        with parallel(ParallelSizes(tensor=dist.get_world_size())) as context:
+            for row in sharded_kl.bench_sharded_kl(context):
+                if context.is_main:
+                    print(json.dumps(row), flush=True)
+        return
     _print_rows(kl.bench_kl())
     _print_rows(trained.bench_trained())
 
