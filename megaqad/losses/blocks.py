@@ -82,9 +82,9 @@ def gradient(
 ) -> Tensor:
     """out = f_s e^((z_s - m_s) / T) - f_t e^((z_t - m_t) / T), and 0 in rows where both factors are 0.
 
-    `student`, `teacher`, `out` [n, v] (`out` may be `student`), `peaks` FP32 [2, n] of the whole vocabulary (student,
-    teacher), `factors` FP32 [2, n]; [1, n] each without a teacher, whose term is then left out. A row of zero factors
-    is 0 even where its logits are NaN.
+    `student`, `teacher`, `out` [n, v] (`out` may be `student`, or BF16 in the first halves of the rows of either),
+    `peaks` FP32 [2, n] of the whole vocabulary (student, teacher), `factors` FP32 [2, n]; [1, n] each without a
+    teacher, whose term is then left out. A row of zero factors is 0 even where its logits are NaN.
     """
     silent = (factors == 0).all(0)
     for rows in row_blocks(*student.shape):

@@ -54,34 +54,24 @@ def logits_(out: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
     return out
 
 
-def slope(logit_gradient: Tensor, spare: Tensor | None, *, narrow: bool) -> Tensor:
-    """The logits' gradient [n, V_local] FP32 as the next two products want it: itself, or (`narrow`) in BF16.
-
-    The BF16 copy takes the memory of `spare` [n, V_local] FP32, which is overwritten, if there is one.
-    """
-    if not narrow:
-        return logit_gradient
-    if spare is None:
-        return logit_gradient.bfloat16()
-    return spare.view(torch.bfloat16)[:, : logit_gradient.shape[1]].copy_(logit_gradient)
-
-
 def hidden_gradient(slope: Tensor, head: Tensor) -> Tensor:
     """FP32 [n, H] = slope [n, V_local] @ head: this shard's part of the hidden states' gradient."""
     if slope.dtype == torch.bfloat16:
-        return (
-            torch.mm(slope, head, out_dtype=torch.float32) if slope.is_cuda else products.hidden_gradient(slope, head)
-        )
+        if slope.is_cuda:
+            return torch.mm(slope, head, out_dtype=torch.float32)
+        return products.hidden_gradient(slope, head)
     total = slope.new_zeros(slope.shape[0], head.shape[1])
     for rows, tile in _tiles(head):
         total.addmm_(slope[:, rows], tile)
     return total
 
 
-def accumulate_head_gradient_(total: Tensor, slope: Tensor, hidden: Tensor) -> Tensor:
-    """total [V_local, H] FP32 += slope [n, V_local]^T @ hidden [n, H]."""
+def head_gradient(total: Tensor | None, slope: Tensor, hidden: Tensor) -> Tensor:
+    """FP32 [V_local, H] = slope [n, V_local]^T @ hidden [n, H], added to `total` if there is one."""
+    if slope.dtype == torch.bfloat16 and not slope.is_cuda:
+        return products.head_gradient(total, slope, hidden)
     if slope.dtype == torch.bfloat16:
-        if slope.is_cuda:
-            return torch.addmm(total, slope.t(), hidden, out_dtype=torch.float32, out=total)
-        return products.accumulate_head_gradient_(total, slope, hidden)
-    return total.addmm_(slope.t(), hidden.float())
+        if total is None:
+            return torch.mm(slope.t(), hidden, out_dtype=torch.float32)
+        return torch.addmm(total, slope.t(), hidden, out_dtype=torch.float32, out=total)
+    return torch.mm(slope.t(), hidden.float()) if total is None else total.addmm_(slope.t(), hidden.float())

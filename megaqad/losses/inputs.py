@@ -11,7 +11,7 @@ from megaqad.losses.sharding import Group, agree, gather_sequence, group_size
 
 _SMALLEST_CHUNK = 512
 _LARGEST_CHUNK = 4096
-_CPU_BUDGET = 128 << 20
+_CPU_BUDGET = 256 << 20
 _CUDA_BUDGET = 1 << 30
 
 

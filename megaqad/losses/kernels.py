@@ -56,6 +56,9 @@ class Kernel:
     name: str
     statistics: Statistics
     gradient: Gradient
+    in_order: bool = True
+    """Whether `gradient` has read what it needs of a row's first 2k bytes before it writes the row's first k: `out` may
+    then be BF16 in the first halves of the rows of FP32 logits."""
 
 
 TORCH = Kernel("torch", blocks.statistics, blocks.gradient)
@@ -103,4 +106,4 @@ def _triton_lacks(device: torch.device) -> str | None:
 def _triton_kernel() -> Kernel:
     from megaqad.losses import triton_kernels
 
-    return Kernel("triton", triton_kernels.statistics, triton_kernels.gradient)
+    return Kernel("triton", triton_kernels.statistics, triton_kernels.gradient, in_order=False)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megaqad.losses import gemm, inputs, kernels, kl, reference
+from megaqad.losses import blocks, gemm, inputs, kernels, kl, reference
 from megaqad.losses.inputs import Layout, Model, Tokens
 from megaqad.losses.objectives import CrossEntropy, ForwardKL, Objective
-from megaqad.losses.objectives.base import ALL, Chunk
+from megaqad.losses.objectives.base import ALL, Chunk, Evaluation
 from megaqad.losses.sharding import Group, scatter_sequence_sum, sum_over_shards_
 
 
@@ -58,22 +58,22 @@ def _run(student: Model, teacher: Model | None, plan: _Plan) -> _Outcome:
     buffers = student.head.new_empty(1 if teacher is None else 2, longest, len(student.head), dtype=torch.float32)
     token_loss = student.head.new_zeros(len(plan.tokens.weights), dtype=torch.float64)
     hidden_gradient = torch.zeros_like(student.hidden, dtype=torch.float32) if work.any_hidden_gradient else None
-    head_gradient = student.head.new_zeros(student.head.shape, dtype=torch.float32) if plan.wants_head else None
+    head_gradient: Tensor | None = None
     for tokens in work.chunks:
         chunk = _logits(student, teacher, plan.tokens, tokens, buffers)
         evaluation = plan.objective.open(chunk, plan.kernel)
         for _ in range(evaluation.rounds):
             evaluation.merge(kl.gathered_statistics(evaluation.local(), plan.layout.group))
         token_loss[tokens] = evaluation.loss
-        if hidden_gradient is None and head_gradient is None:
+        if hidden_gradient is None and not plan.wants_head:
             continue
-        # the gradient takes the place of the student's logits, its BF16 copy that of the teacher's
-        evaluation.gradient(ALL, plan.tokens.weights[tokens].double(), out=chunk.student)
-        slope = gemm.slope(chunk.student, chunk.teacher, narrow=gemm.direct(student.hidden, student.head))
+        slope = _slope(evaluation, chunk, plan, narrow=gemm.direct(student.hidden, student.head), chosen=tokens)
         if hidden_gradient is not None:
             hidden_gradient[tokens] = gemm.hidden_gradient(slope, student.head)
-        if head_gradient is not None:
-            gemm.accumulate_head_gradient_(head_gradient, slope, student.hidden[tokens])
+        if plan.wants_head:
+            head_gradient = gemm.head_gradient(head_gradient, slope, student.hidden[tokens])
+    if plan.wants_head and head_gradient is None:
+        head_gradient = student.head.new_zeros(student.head.shape, dtype=torch.float32)
     loss = (token_loss * plan.tokens.weights).sum().float()  # of a token without weight the stored loss is 0
     return _Outcome(token_loss.float(), loss, _reduced(hidden_gradient, plan.layout), head_gradient)
 
@@ -90,6 +90,22 @@ def _logits(student: Model, teacher: Model | None, all_tokens: Tokens, chosen: T
     )
 
 
+def _slope(evaluation: Evaluation, chunk: Chunk, plan: _Plan, *, narrow: bool, chosen: Tensor) -> Tensor:
+    """The weighted gradient of the chunk's logits [n, V_local], in the memory of logits that are done with.
+
+    FP32 takes the place of the student's. BF16 (`narrow`) takes the first half of each row of the teacher's, or of the
+    student's where there is no teacher; a kernel that does not work in order writes FP32 first.
+    """
+    weights = plan.tokens.weights[chosen].double()
+    if not narrow or not plan.kernel.in_order:
+        evaluation.gradient(ALL, weights, out=chunk.student)
+        return chunk.student.bfloat16() if narrow else chunk.student
+    spare = chunk.student if chunk.teacher is None else chunk.teacher
+    slope = spare.view(torch.bfloat16)[:, : spare.shape[1]]
+    evaluation.gradient(ALL, weights, out=slope)
+    return slope
+
+
 def _reduced(partial: Tensor | None, layout: Layout) -> Tensor | None:
     """The hidden states' gradient summed over vocabulary shards, as the hidden states were given."""
     if partial is None or layout.group is None:
@@ -97,6 +113,18 @@ def _reduced(partial: Tensor | None, layout: Layout) -> Tensor | None:
     if layout.sequence_parallel:
         return scatter_sequence_sum(partial, layout.group)
     return sum_over_shards_(partial, layout.group)
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor * gradient [n, m], multiplied in FP32 and only then rounded to `dtype`; the memory is gone over once."""
+    if dtype == gradient.dtype:
+        return gradient.mul_(factor)
+    result = torch.empty_like(gradient, dtype=dtype)
+    if gradient.is_cuda:
+        return torch.mul(gradient, factor, out=result)
+    for rows in blocks.row_blocks(*gradient.shape):  # on the CPU `out` of another type makes a whole FP32 copy first
+        result[rows] = gradient[rows] * factor
+    return result
 
 
 class _GradientsInForwardThenScale(torch.autograd.Function):
@@ -117,14 +145,13 @@ class _GradientsInForwardThenScale(torch.autograd.Function):
             raise RuntimeError("the gradients of this loss were already handed out; call the loss again")
         hidden_gradient, head_gradient = ctx.gradients
         ctx.gradients = None
-        # scaled in place in FP32 and only then rounded to the inputs' type; torch.mul(out=) of that type takes longer
         if hidden_gradient is not None:
-            hidden_gradient = hidden_gradient.mul_(grad_loss).to(ctx.types[0])
+            hidden_gradient = _scaled(hidden_gradient, grad_loss, ctx.types[0])
         if head_gradient is not None and ctx.accumulate_into is not None:
             ctx.accumulate_into.addcmul_(head_gradient, grad_loss)
             head_gradient = None
         elif head_gradient is not None:
-            head_gradient = head_gradient.mul_(grad_loss).to(ctx.types[1])
+            head_gradient = _scaled(head_gradient, grad_loss, ctx.types[1])
         return hidden_gradient, head_gradient, None, None
 
 

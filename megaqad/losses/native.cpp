@@ -178,10 +178,10 @@ void row_statistics(const S* student, const T* teacher, int64_t columns, float i
   }
 }
 
-// One row of f_s e^(d_s) - f_t e^(d_t); `out` may be `student`.
-template <typename S, typename T, bool kTempered, bool kTeacher>
+// One row of f_s e^(d_s) - f_t e^(d_t), from left to right: `out` may be `student`, or BF16 from the first byte of either.
+template <typename S, typename T, typename O, bool kTempered, bool kTeacher>
 void row_gradient(const S* student, const T* teacher, int64_t columns, float inverse_temperature, float peak_s,
-                  float peak_t, float factor_s, float factor_t, S* out) {
+                  float peak_t, float factor_s, float factor_t, O* out) {
   auto slope = [&](Floats z_s, Floats z_t) {
     Floats value = exponential(shift<kTempered>(z_s, peak_s, inverse_temperature), factor_s);
     if constexpr (kTeacher) value -= exponential(shift<kTempered>(z_t, peak_t, inverse_temperature), factor_t);
@@ -213,21 +213,21 @@ void all_statistics(const void* student, const void* teacher, const uint8_t* mas
   }
 }
 
-template <typename S, typename T, bool kTempered, bool kTeacher>
+template <typename S, typename T, typename O, bool kTempered, bool kTeacher>
 void all_gradients(const void* student, const void* teacher, const float* peaks, const float* factors, void* out,
                    const Shape& shape) {
 #pragma omp parallel for schedule(static) num_threads(shape.threads)
   for (int64_t row = 0; row < shape.rows; ++row) {
     float factor_s = factors[row], factor_t = kTeacher ? factors[shape.rows + row] : 0.0f;
-    S* to = (S*)out + row * shape.out_stride;
+    O* to = (O*)out + row * shape.out_stride;
     if (factor_s == 0.0f && factor_t == 0.0f) {  // not read: it may hold NaN
-      std::memset((void*)to, 0, sizeof(S) * shape.columns);
+      std::memset((void*)to, 0, sizeof(O) * shape.columns);
       continue;
     }
-    row_gradient<S, T, kTempered, kTeacher>((const S*)student + row * shape.student_stride,
-                                            (const T*)teacher + row * shape.teacher_stride, shape.columns,
-                                            shape.inverse_temperature, peaks[row],
-                                            kTeacher ? peaks[shape.rows + row] : 0.0f, factor_s, factor_t, to);
+    row_gradient<S, T, O, kTempered, kTeacher>((const S*)student + row * shape.student_stride,
+                                               (const T*)teacher + row * shape.teacher_stride, shape.columns,
+                                               shape.inverse_temperature, peaks[row],
+                                               kTeacher ? peaks[shape.rows + row] : 0.0f, factor_s, factor_t, to);
   }
 }
 
@@ -268,10 +268,12 @@ struct GradientCall {
   const void *student, *teacher;
   const float *peaks, *factors;
   void* out;
+  bool narrow;
   const Shape& shape;
   template <typename S, typename T, bool kTempered, bool kTeacher>
   void run() const {
-    all_gradients<S, T, kTempered, kTeacher>(student, teacher, peaks, factors, out, shape);
+    narrow ? all_gradients<S, T, bf16, kTempered, kTeacher>(student, teacher, peaks, factors, out, shape)
+           : all_gradients<S, T, S, kTempered, kTeacher>(student, teacher, peaks, factors, out, shape);
   }
 };
 
@@ -287,10 +289,10 @@ void megaqad_kl_statistics(const void* student, const void* teacher, int student
            StatisticsCall{student, teacher, mask, out, *shape});
 }
 
-// out has the student's type and may be the student's logits.
+// out has the student's type, or is BF16; what it may share memory with: see row_gradient.
 void megaqad_kl_gradient(const void* student, const void* teacher, int student_type, int teacher_type,
-                         const float* peaks, const float* factors, void* out, const Shape* shape) {
+                         const float* peaks, const float* factors, void* out, int out_type, const Shape* shape) {
   dispatch(student_type, teacher_type, shape->inverse_temperature != 1.0f,
-           GradientCall{student, teacher, peaks, factors, out, *shape});
+           GradientCall{student, teacher, peaks, factors, out, out_type == kBfloat16, *shape});
 }
 }

@@ -98,11 +98,12 @@ def gradient(
     """See `blocks.gradient`."""
     student, teacher = _rows(student), None if teacher is None else _rows(teacher)
     peaks, factors = peaks.contiguous(), factors.contiguous()
-    assert out.dtype == student.dtype
+    assert out.dtype in (student.dtype, torch.bfloat16)
     assert out.stride(-1) == 1 or out.numel() == 0
     shape = _shape(student, teacher, temperature, out)
     _library().megaqad_kl_gradient(
-        *_operands(student, teacher), address(peaks), address(factors), address(out), ctypes.byref(shape)
+        *_operands(student, teacher),
+        *(address(peaks), address(factors), address(out), int(out.dtype == torch.bfloat16), ctypes.byref(shape)),
     )
     # a write through a pointer is unseen by autograd: without this, a producer that saved its output would use the
     # gradient in its place without a word

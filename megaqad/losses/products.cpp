@@ -18,65 +18,72 @@ namespace {
 namespace blas = at::native::cpublas;
 using bf16 = at::BFloat16;
 
-// A packed block of 256 KiB stays in cache. Measured among 64 to 256 columns and 256 to 1024 rows.
+// What is multiplied at a time stays in cache: the first operand in 1 MiB, a packed block of the second in 256 KiB.
+// Measured among 64 to 256 columns and a depth of 256 to 1024 rows.
+constexpr int64_t kFirst = 1 << 19;
 constexpr int64_t kColumns = 128;
 constexpr int64_t kDepth = 1024;
 
-typedef uint32_t Words __attribute__((vector_size(16)));
-typedef uint16_t Halves __attribute__((vector_size(16)));
+constexpr int64_t kTile = 16;
+typedef uint32_t Words __attribute__((vector_size(4 * kTile)));
 
+// The first or the last halves of a and b, lane by lane in turn.
+inline Words low(Words a, Words b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#else
+  return __builtin_shuffle(a, b, Words{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+#endif
+}
+
+inline Words high(Words a, Words b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#else
+  return __builtin_shuffle(a, b, Words{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+#endif
+}
+
+// 16 x 16 words
 inline void transpose_tile(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
-  Words x[4], y[4];
-  for (int i = 0; i < 4; ++i) std::memcpy(&x[i], from + i * from_stride, sizeof x[i]);
-  for (int step = 0; step < 2; ++step) {  // two perfect shuffles of the 16 words
-    for (int i = 0; i < 2; ++i) {
-      y[2 * i] = __builtin_shuffle(x[i], x[i + 2], Words{0, 4, 1, 5});
-      y[2 * i + 1] = __builtin_shuffle(x[i], x[i + 2], Words{2, 6, 3, 7});
+  Words x[kTile], y[kTile];
+  for (int i = 0; i < kTile; ++i) std::memcpy(&x[i], from + i * from_stride, sizeof x[i]);
+  for (int step = 0; step < 4; ++step) {  // four perfect shuffles of the 256 words
+    for (int i = 0; i < kTile / 2; ++i) {
+      y[2 * i] = low(x[i], x[i + kTile / 2]);
+      y[2 * i + 1] = high(x[i], x[i + kTile / 2]);
     }
     std::memcpy(x, y, sizeof x);
   }
-  for (int i = 0; i < 4; ++i) std::memcpy(to + i * to_stride, &x[i], sizeof x[i]);
+  for (int i = 0; i < kTile; ++i) std::memcpy(to + i * to_stride, &x[i], sizeof x[i]);
 }
 
-inline void transpose_tile(const uint16_t* from, int64_t from_stride, uint16_t* to, int64_t to_stride) {
-  Halves x[8], y[8];
-  for (int i = 0; i < 8; ++i) std::memcpy(&x[i], from + i * from_stride, sizeof x[i]);
-  for (int step = 0; step < 3; ++step) {  // three perfect shuffles of the 64 halves
-    for (int i = 0; i < 4; ++i) {
-      y[2 * i] = __builtin_shuffle(x[i], x[i + 4], Halves{0, 8, 1, 9, 2, 10, 3, 11});
-      y[2 * i + 1] = __builtin_shuffle(x[i], x[i + 4], Halves{4, 12, 5, 13, 6, 14, 7, 15});
-    }
-    std::memcpy(x, y, sizeof x);
-  }
-  for (int i = 0; i < 8; ++i) std::memcpy(to + i * to_stride, &x[i], sizeof x[i]);
-}
-
-// to [columns, rows] = from [rows, columns]^T; words go in tiles of four, halves in tiles of eight
-template <typename T>
-void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
-  constexpr int64_t kTile = 16 / sizeof(T);
+// to [columns, rows] = from [rows, columns]^T, dense
+void transpose(const uint32_t* from, int64_t from_stride, int64_t rows, int64_t columns, uint32_t* to) {
   const int64_t whole_rows = rows / kTile * kTile, whole_columns = columns / kTile * kTile;
   for (int64_t column = 0; column < whole_columns; column += kTile)
     for (int64_t row = 0; row < whole_rows; row += kTile)
-      transpose_tile(from + row * from_stride + column, from_stride, to + column * to_stride + row, to_stride);
+      transpose_tile(from + row * from_stride + column, from_stride, to + column * rows + row, rows);
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t column = row < whole_rows ? whole_columns : 0; column < columns; ++column)
-      to[column * to_stride + row] = from[row * from_stride + column];
+      to[column * rows + row] = from[row * from_stride + column];
 }
 
-// Pairs of rows side by side: to [rows / 2, columns, 2], with a row of zeros after an odd number of rows.
-void interleave(const bf16* from, int64_t from_stride, int64_t rows, int64_t columns, bf16* to) {
+// Pairs of rows side by side: to [rows / 2, columns] words, with a row of zeros after an odd number of rows.
+void interleave(const bf16* from, int64_t from_stride, int64_t rows, int64_t columns, uint32_t* to) {
   const uint16_t* source = reinterpret_cast<const uint16_t*>(from);
-  uint32_t* words = reinterpret_cast<uint32_t*>(to);
-  for (int64_t row = 0; row < rows; row += 2, words += columns) {
+  for (int64_t row = 0; row < rows; row += 2, to += columns) {
     const uint16_t *first = source + row * from_stride, *second = first + from_stride;
     if (row + 1 == rows) {
-      std::copy(first, first + columns, words);
+      std::copy(first, first + columns, to);
       return;
     }
-    for (int64_t column = 0; column < columns; ++column) words[column] = first[column] | uint32_t(second[column]) << 16;
+    for (int64_t column = 0; column < columns; ++column) to[column] = first[column] | uint32_t(second[column]) << 16;
   }
 }
+
+// Pairs of BF16 numbers, as the product wants them.
+const bf16* halves(const std::vector<uint32_t>& words) { return reinterpret_cast<const bf16*>(words.data()); }
 
 int64_t even(int64_t count) { return count + count % 2; }
 
@@ -90,15 +97,19 @@ int megaqad_can_multiply() { return blas::could_pack(at::kBFloat16); }
 // out [n, V] = hidden [n, H] head [V, H]^T; H and the strides of both are even
 void megaqad_logits(const bf16* hidden, int64_t hidden_stride, const bf16* head, int64_t head_stride, float* out,
                     int64_t out_stride, int64_t n, int64_t V, int64_t H, int threads) {
+  const int64_t rows = std::max(kTile, kFirst / H);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<bf16> packed(kColumns * H);
+    std::vector<uint32_t> packed(kColumns * H / 2);
 #pragma omp for schedule(static)
     for (int64_t v = 0; v < V; v += kColumns) {
-      int64_t columns = std::min(kColumns, V - v);
+      const int64_t columns = std::min(kColumns, V - v);
+      // two neighbours of a row are a word: they stay together
       transpose(reinterpret_cast<const uint32_t*>(head + v * head_stride), head_stride / 2, columns, H / 2,
-                reinterpret_cast<uint32_t*>(packed.data()), columns);
-      blas::brgemm(n, columns, H, hidden_stride, columns, out_stride, false, hidden, packed.data(), out + v);
+                packed.data());
+      for (int64_t row = 0; row < n; row += rows)
+        blas::brgemm(std::min(rows, n - row), columns, H, hidden_stride, columns, out_stride, false,
+                     hidden + row * hidden_stride, halves(packed), out + row * out_stride + v);
     }
     blas::brgemm_release();
   }
@@ -107,23 +118,24 @@ void megaqad_logits(const bf16* hidden, int64_t hidden_stride, const bf16* head,
 // out [n, H] = slope [n, V] head [V, H]
 void megaqad_hidden_gradient(const bf16* slope, int64_t slope_stride, const bf16* head, int64_t head_stride, float* out,
                              int64_t out_stride, int64_t n, int64_t V, int64_t H, int threads) {
+  const int64_t limit = std::max(kTile, std::min(kDepth, kFirst / n / kTile * kTile));
   // one block of the slope at a time, copied together: all columns of the result read it, far apart it costs a page each
-  std::vector<bf16> block(n * kDepth);
+  std::vector<bf16> block(n * limit);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<bf16> packed(kDepth * kColumns);
-    for (int64_t v = 0; v < V; v += kDepth) {
-      const int64_t depth = std::min(kDepth, V - v);
+    std::vector<uint32_t> packed(limit / 2 * kColumns);
+    for (int64_t v = 0; v < V; v += limit) {
+      const int64_t depth = std::min(limit, V - v);
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < n; ++row) {
-        bf16* to = std::copy_n(slope + row * slope_stride + v, depth, block.data() + row * even(depth));
-        if (depth % 2) *to = bf16(0);  // products take columns in pairs
+        bf16* end = std::copy_n(slope + row * slope_stride + v, depth, block.data() + row * even(depth));
+        if (depth % 2) *end = bf16(0);  // products take columns in pairs
       }
 #pragma omp for schedule(static)
       for (int64_t h = 0; h < H; h += kColumns) {
-        int64_t columns = std::min(kColumns, H - h);
+        const int64_t columns = std::min(kColumns, H - h);
         interleave(head + v * head_stride + h, head_stride, depth, columns, packed.data());
-        blas::brgemm(n, columns, even(depth), even(depth), columns, out_stride, v > 0, block.data(), packed.data(),
+        blas::brgemm(n, columns, even(depth), even(depth), columns, out_stride, v > 0, block.data(), halves(packed),
                      out + h);
       }
     }
@@ -131,26 +143,25 @@ void megaqad_hidden_gradient(const bf16* slope, int64_t slope_stride, const bf16
   }
 }
 
-// total [V, H] += slope [n, V]^T hidden [n, H]
+// total [V, H] = slope [n, V]^T hidden [n, H], or, with `add`, += that
 void megaqad_head_gradient(const bf16* slope, int64_t slope_stride, const bf16* hidden, int64_t hidden_stride,
-                           float* total, int64_t total_stride, int64_t n, int64_t V, int64_t H, int threads) {
+                           float* total, int64_t total_stride, int64_t n, int64_t V, int64_t H, int threads, int add) {
   const int64_t depth = even(n);
-  std::vector<bf16> packed(depth * H);
+  std::vector<uint32_t> packed(depth / 2 * H);
   for (int64_t h = 0; h < H; h += kColumns)
-    interleave(hidden + h, hidden_stride, n, std::min(kColumns, H - h), packed.data() + depth * h);
+    interleave(hidden + h, hidden_stride, n, std::min(kColumns, H - h), packed.data() + depth / 2 * h);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<bf16> turned(kColumns * depth, bf16(0));
+    std::vector<uint32_t> pairs(depth / 2 * kColumns), turned(depth / 2 * kColumns);
 #pragma omp for schedule(static)
     for (int64_t v = 0; v < V; v += kColumns) {
-      int64_t rows = std::min(kColumns, V - v);
-      transpose(reinterpret_cast<const uint16_t*>(slope + v), slope_stride, n, rows,
-                reinterpret_cast<uint16_t*>(turned.data()), depth);
-      for (int64_t h = 0; h < H; h += kColumns) {
-        int64_t columns = std::min(kColumns, H - h);
-        blas::brgemm(rows, columns, depth, depth, columns, total_stride, true, turned.data(),
-                     packed.data() + depth * h, total + v * total_stride + h);
-      }
+      const int64_t rows = std::min(kColumns, V - v);
+      interleave(slope + v, slope_stride, n, rows, pairs.data());  // two tokens are a word: turned, they are neighbours
+      transpose(pairs.data(), rows, depth / 2, rows, turned.data());
+      for (int64_t h = 0; h < H; h += kColumns)
+        blas::brgemm(rows, std::min(kColumns, H - h), depth, depth, std::min(kColumns, H - h), total_stride, add,
+                     halves(turned), reinterpret_cast<const bf16*>(packed.data() + depth / 2 * h),
+                     total + v * total_stride + h);
     }
     blas::brgemm_release();
   }

@@ -54,15 +54,14 @@ def serves(hidden_size: int) -> bool:
     return hidden_size % 2 == 0 and unavailable() is None
 
 
-def _call(name: str, matrices: tuple[Tensor, ...], tokens: int, vocabulary: int, hidden: int) -> None:
-    """Call with the address and the row stride of each matrix; nothing to do where a dimension is 0."""
-    if 0 in (tokens, vocabulary, hidden):
-        return
+def _call(name: str, matrices: tuple[Tensor, ...], sizes: tuple[int, int, int], *options: int) -> None:
+    """Call with the address and the row stride of each matrix, none of them empty, and the sizes (n, V, H)."""
+    assert 0 not in sizes
     library = _load()
     assert not isinstance(library, str), library
     places = [value for matrix in matrices for value in (address(matrix), ctypes.c_int64(matrix.stride(0)))]
-    sizes = [ctypes.c_int64(size) for size in (tokens, vocabulary, hidden)]
-    library[name](*places, *sizes, ctypes.c_int(torch.get_num_threads()))
+    counts = [ctypes.c_int64(size) for size in sizes]
+    library[name](*places, *counts, *(ctypes.c_int(option) for option in (torch.get_num_threads(), *options)))
 
 
 def _rows(matrix: Tensor) -> Tensor:
@@ -75,27 +74,33 @@ def _rows(matrix: Tensor) -> Tensor:
 
 def logits_(out: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
     """out [n, V] FP32 = hidden [n, H] @ head^T; H is even."""
-    (tokens, width), vocabulary = hidden.shape, len(head)
+    sizes = (len(hidden), *head.shape)
     assert out.dtype == torch.float32
-    assert out.stride(1) == 1 or out.numel() <= tokens
-    _call("megaqad_logits", (_rows(hidden), _rows(head), out), tokens, vocabulary, width)
-    torch.autograd.graph.increment_version(out)  # autograd does not see a write through a pointer
+    assert out.stride(1) == 1 or out.shape[1] <= 1
+    if out.numel():
+        _call("megaqad_logits", (_rows(hidden), _rows(head), out), sizes)
+        torch.autograd.graph.increment_version(out)  # autograd does not see a write through a pointer
     return out
 
 
 def hidden_gradient(slope: Tensor, head: Tensor) -> Tensor:
     """FP32 [n, H] = slope [n, V] @ head."""
-    (tokens, vocabulary), width = slope.shape, head.shape[1]
-    out = torch.zeros(tokens, width)
-    _call("megaqad_hidden_gradient", (_rows(slope), _rows(head), out), tokens, vocabulary, width)
+    sizes = (len(slope), *head.shape)
+    if 0 in sizes:
+        return torch.zeros(len(slope), head.shape[1])
+    out = torch.empty(len(slope), head.shape[1])
+    _call("megaqad_hidden_gradient", (_rows(slope), _rows(head), out), sizes)
     return out
 
 
-def accumulate_head_gradient_(total: Tensor, slope: Tensor, hidden: Tensor) -> Tensor:
-    """total [V, H] FP32 += slope [n, V]^T @ hidden [n, H]."""
-    (tokens, vocabulary), width = slope.shape, hidden.shape[1]
-    assert total.dtype == torch.float32
-    assert total.stride(1) == 1 or width == 1
-    _call("megaqad_head_gradient", (_rows(slope), _rows(hidden), total), tokens, vocabulary, width)
-    torch.autograd.graph.increment_version(total)
-    return total
+def head_gradient(total: Tensor | None, slope: Tensor, hidden: Tensor) -> Tensor:
+    """FP32 [V, H] = slope [n, V]^T @ hidden [n, H], or `total` [V, H] FP32 += that."""
+    sizes = (*slope.shape, hidden.shape[1])
+    if 0 in sizes:
+        return torch.zeros(sizes[1:]) if total is None else total
+    out = torch.empty(sizes[1:]) if total is None else total
+    assert out.dtype == torch.float32
+    assert out.stride(1) == 1 or out.shape[1] == 1
+    _call("megaqad_head_gradient", (_rows(slope), _rows(hidden), out), sizes, int(total is not None))
+    torch.autograd.graph.increment_version(out)
+    return out

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaqad.losses import gemm, products
+from megaqad.losses import build_objective, gemm, kernels, products
+from megaqad.losses.objectives.base import ALL, Chunk
 from tests.losses.heads import make_heads
+from tests.losses.implementations import FAST_IMPLEMENTATIONS
 from tests.losses.oracle import relative_error
 from tests.losses.test_linear import call
 
@@ -35,10 +37,12 @@ def test_every_tail_keeps_the_accumulator(tokens: int, vocabulary: int, width: i
     hidden, head, slope = part(draw(tokens, width)), part(draw(vocabulary, width)), part(draw(tokens, vocabulary))
     logits, into_head = part(torch.zeros(tokens, vocabulary)), part(torch.full((vocabulary, width), 0.5))
     products.logits_(logits, hidden, head)
-    products.accumulate_head_gradient_(into_head, slope, hidden)
+    products.head_gradient(into_head, slope, hidden)
     assert relative_error(logits, hidden.double() @ head.double().t()) <= 1e-6
     assert relative_error(products.hidden_gradient(slope, head), slope.double() @ head.double()) <= 1e-6
     assert relative_error(into_head, slope.double().t() @ hidden.double() + 0.5) <= 1e-6
+    fresh = products.head_gradient(None, slope, hidden)
+    assert relative_error(fresh, slope.double().t() @ hidden.double()) <= 1e-6
     for written in (logits, into_head):
         assert int(written._base.isfinite().sum()) == written.numel(), "nothing is written beside the part"
 
@@ -58,7 +62,8 @@ def test_nothing_to_multiply(sizes: tuple[int, int, int]) -> None:
     hidden, head, slope = draw(tokens, width), draw(vocabulary, width), draw(tokens, vocabulary)
     assert products.logits_(torch.empty(tokens, vocabulary), hidden, head).shape == (tokens, vocabulary)
     assert not products.hidden_gradient(slope, head).any()
-    assert products.accumulate_head_gradient_(torch.ones(vocabulary, width), slope, hidden).all()
+    assert products.head_gradient(torch.ones(vocabulary, width), slope, hidden).all()
+    assert not products.head_gradient(None, slope, hidden).any()
 
 
 @needs_products
@@ -69,7 +74,7 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         logits = products.logits_(torch.empty(65, 1000), hidden, head)
-        into_head = products.accumulate_head_gradient_(torch.zeros(1000, 320), slope, hidden)
+        into_head = products.head_gradient(None, slope, hidden)
         results.append([logits, products.hidden_gradient(slope, head), into_head])
     torch.set_num_threads(before)
     for others in results[1:]:
@@ -106,10 +111,48 @@ def test_widening_gives_the_same_loss() -> None:
         assert relative_error(mine.grad, theirs.grad.double()) <= 4e-3
 
 
-def test_the_narrow_slope_takes_the_teachers_memory() -> None:
-    gradient, spare = torch.randn(3, 5), torch.zeros(3, 5)
-    narrow = gemm.slope(gradient, spare, narrow=True)
-    assert torch.equal(narrow, gradient.bfloat16())
-    assert narrow.untyped_storage().data_ptr() == spare.untyped_storage().data_ptr()
-    assert torch.equal(gemm.slope(gradient, None, narrow=True), gradient.bfloat16())
-    assert gemm.slope(gradient, spare, narrow=False) is gradient
+OBJECTIVES = {
+    "forward_kl": {"forward_kl": 1.0},
+    "reverse_kl": {"reverse_kl": 1.0},
+    "jsd": {"jsd": 1.0},
+    "logit_mse": {"logit_mse": 1.0},
+    "cross_entropy": {"cross_entropy": 1.0},
+    "mixture": {"forward_kl": 0.7, "cross_entropy": 0.3, "logit_mse": 0.1},
+}
+
+
+@pytest.mark.parametrize("impl", [impl for impl in FAST_IMPLEMENTATIONS if impl != "triton"])
+@pytest.mark.parametrize("weights", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("columns", [5, 16, 1003])
+def test_a_bf16_gradient_may_lie_on_either_models_logits(impl: str, weights: dict[str, float], columns: int) -> None:
+    """Row by row over logits that are still to be read: the bits of the FP32 gradient, rounded once."""
+    draw = torch.Generator().manual_seed(columns)
+    teacher = 3 * torch.randn(300, columns, generator=draw)
+    student = teacher + 0.3 * torch.randn(300, columns, generator=draw)
+    labels, scale = torch.randint(columns, (300,), generator=draw), torch.rand(300, generator=draw).double()
+    scale[:5] = 0
+
+    def gradient(place: str) -> Tensor:
+        chunk = Chunk(student.clone(), teacher.clone(), labels)
+        evaluation = build_objective(weights).open(chunk, kernels.choose(impl, student.device, {torch.float32}))
+        for _ in range(evaluation.rounds):
+            evaluation.merge(evaluation.local().unsqueeze(0))
+        logits = {"own": torch.empty(300, columns), "student": chunk.student, "teacher": chunk.teacher}[place]
+        out = logits if place == "own" else logits.view(torch.bfloat16)[:, :columns]
+        evaluation.gradient(ALL, scale, out=out)
+        return out
+
+    expected = gradient("own").bfloat16()
+    for place in ("student", "teacher"):
+        torch.testing.assert_close(gradient(place), expected, rtol=0, atol=0)
+
+
+def test_a_likely_label_keeps_its_digits_in_bf16() -> None:
+    student = torch.tensor([[0.0, 9.0, 0.0]])
+    chunk = Chunk(student.clone(), None, torch.tensor([1]))
+    evaluation = build_objective({"cross_entropy": 1.0}).open(chunk, kernels.TORCH)
+    evaluation.merge(evaluation.local().unsqueeze(0))
+    out = torch.empty(1, 3, dtype=torch.bfloat16)
+    evaluation.gradient(ALL, torch.ones(1, dtype=torch.float64), out=out)
+    expected = student.double().softmax(-1) - torch.tensor([[0.0, 1.0, 0.0]])
+    torch.testing.assert_close(out, expected.bfloat16(), rtol=0, atol=0)

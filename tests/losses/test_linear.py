@@ -72,9 +72,9 @@ def test_many_chunks_are_one_loss(impl: str) -> None:
 def test_chunks_are_derived_and_even() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert inputs.chunk_tokens(100, 32000, cpu) == 100
-    assert inputs.chunk_tokens(8192, 32000, cpu) == 512
+    assert inputs.chunk_tokens(8192, 32000, cpu) == 1024
     assert inputs.chunk_tokens(8192, 248320, cpu) == 512, "a chunk of fewer tokens wastes a pass over the head"
-    assert inputs.chunk_tokens(1100, 32000, cpu) == 367, "three equal chunks, not two of 512 and one of 76"
+    assert inputs.chunk_tokens(1100, 32000, cpu) == 550, "two equal chunks, not one of 1048 and one of 52"
     assert inputs.chunk_tokens(32768, 19000, cuda) == 4096
     assert inputs.chunk_tokens(0, 32000, cpu) == 1
 
@@ -135,7 +135,7 @@ def test_only_the_gradients_asked_for_are_computed(impl: str, hidden_grad: bool,
     head = heads.student_head.clone().requires_grad_(head_grad)
     with (
         mock.patch.object(gemm, "hidden_gradient", wraps=gemm.hidden_gradient) as into_hidden,
-        mock.patch.object(gemm, "accumulate_head_gradient_", wraps=gemm.accumulate_head_gradient_) as into_head,
+        mock.patch.object(gemm, "head_gradient", wraps=gemm.head_gradient) as into_head,
     ):
         loss, token_kl = linear_kl(
             hidden, head, heads.teacher_hidden, heads.teacher_head, token_weights=heads.weights, impl=impl
@@ -160,7 +160,7 @@ def test_ignored_tokens_leave_the_products(impl: str) -> None:
     with (
         mock.patch.object(gemm, "logits_", wraps=gemm.logits_) as logits,
         mock.patch.object(gemm, "hidden_gradient", wraps=gemm.hidden_gradient) as into_hidden,
-        mock.patch.object(gemm, "accumulate_head_gradient_", wraps=gemm.accumulate_head_gradient_) as into_head,
+        mock.patch.object(gemm, "head_gradient", wraps=gemm.head_gradient) as into_head,
     ):
         _, loss, _ = call(heads, impl=impl)
         loss.backward()

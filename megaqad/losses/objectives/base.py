@@ -61,7 +61,8 @@ class Evaluation(ABC):
     def gradient(self, rows: slice, scale: Tensor, out: Tensor) -> None:
         """out [rows, V_local] = scale [rows] * d loss / d student logit, for some of the chunk's tokens.
 
-        `out` may be the student logits of the same rows.
+        `out` is FP32 or BF16, and may be the student logits of the same rows, or, with a kernel that works in order,
+        BF16 in the first halves of the rows of either model's logits.
         """
 
 

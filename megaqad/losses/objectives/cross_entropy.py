@@ -39,14 +39,17 @@ class _CrossEntropy(Evaluation):
         peak, total, label = gathered.double().unbind(1)  # each [ranks, n]
         self.peak = peak.amax(0)
         self.total = (total * (peak - self.peak).exp()).sum(0)
-        self.loss = self.total.log() + (self.peak - label.amax(0))
+        self.label = label.amax(0)
+        self.loss = self.total.log() + (self.peak - self.label)
 
     def gradient(self, rows: slice, scale: Tensor, out: Tensor) -> None:
         peaks, factors = self.peak[rows].float().unsqueeze(0), (scale / self.total[rows]).float().unsqueeze(0)
         self.kernel.gradient(self.student[rows], None, peaks=peaks, factors=factors, temperature=1.0, out=out)
+        # set, not subtracted from what may be rounded to BF16 already: near 1, p - 1 would lose all its digits
         labels = self.labels[rows]
         here = torch.nonzero(labels != ELSEWHERE).squeeze(-1)
-        out[here, labels[here]] -= scale[here].to(out.dtype)
+        log_probability = self.label[rows] - self.peak[rows] - self.total[rows].log()
+        out[here, labels[here]] = (scale * log_probability.expm1())[here].to(out.dtype)
 
 
 def label_logits(logits: Tensor, labels: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class _Mixture(Evaluation):
         first = rows.indices(len(self.student))[0]
         for block in blocks.row_blocks(*out.shape):
             # every part reads the student's logits, which `out` may overlay: add up in scratch
-            total, term = torch.zeros(2, *out[block].shape, dtype=out.dtype, device=out.device)
+            total, term = torch.zeros(2, *out[block].shape, dtype=torch.float32, device=out.device)
             here = slice(first + block.start, first + block.stop)
             for weight, part in zip(self.weights, self.parts, strict=True):
                 part.gradient(here, weight * scale[block], out=term)
