@@ -2,7 +2,7 @@
 
 For each chunk of tokens that carry a weight: two matrix products give FP32 logits of student and teacher in two reused
 buffers, the objective reduces them, one all-gather of a few numbers per token completes the sums over the sharded
-vocabulary, the gradient is written over the student's logits, and two more products turn it into gradients of hidden
+vocabulary, the gradient is written over logits that are done with, and two more products turn it into gradients of hidden
 states and head. So the full-vocabulary loss is exact, costs what the four products of the heads cost, and its memory is
 two chunks whatever the number of tokens.
 
