@@ -2,9 +2,9 @@
 
 For each chunk of tokens that carry a weight: two matrix products give FP32 logits of student and teacher in two reused
 buffers, the objective reduces them, one all-gather of a few numbers per token completes the sums over the sharded
-vocabulary, the gradient is written over logits that are done with, and two more products turn it into gradients of hidden
-states and head. So the full-vocabulary loss is exact, costs what the four products of the heads cost, and its memory is
-two chunks whatever the number of tokens.
+vocabulary, the gradient is written over logits that are done with, and two more products turn it into gradients of
+hidden states and head. So the full-vocabulary loss is exact, costs little more than the four products of the heads, and
+its memory is two chunks whatever the number of tokens.
 
 Gradients are made during forward, where the logits are; backward multiplies them by the incoming scalar. Under
 `torch.no_grad`, or if nothing requires a gradient, their half of the work is left out.

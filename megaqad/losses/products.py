@@ -30,16 +30,16 @@ _FLAGS = (
 )
 """The version is there for the library's name in the cache: another PyTorch has another interface."""
 
-_NO_AMX = "the processor has no matrix instructions for BF16 (AMX)"
+NO_AMX = "the processor has no matrix instructions for BF16 (AMX)"
 
 
 @functools.cache
 def _load() -> ctypes.CDLL | str:
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return _NO_AMX
+        return NO_AMX
     library = compiled.load(SOURCE, _FLAGS)
     if not isinstance(library, str) and not library.megaqad_can_multiply():
-        return _NO_AMX
+        return NO_AMX
     return library
 
 

@@ -1,5 +1,9 @@
 """The products of the heads: FP32 results of BF16 operands, by products.cpp and by widening, against FP64."""
 
+import os
+import subprocess
+import sys
+import textwrap
 from unittest import mock
 
 import pytest
@@ -156,3 +160,25 @@ def test_a_likely_label_keeps_its_digits_in_bf16() -> None:
     evaluation.gradient(ALL, torch.ones(1, dtype=torch.float64), out=out)
     expected = student.double().softmax(-1) - torch.tensor([[0.0, 1.0, 0.0]])
     torch.testing.assert_close(out, expected.bfloat16(), rtol=0, atol=0)
+
+
+WITHOUT_AMX = """
+    import torch
+    from megaqad.losses import linear_kl, products
+    print(products.unavailable())
+    draw = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(40, 16, generator=draw).bfloat16(), torch.randn(300, 16, generator=draw).bfloat16()
+    loss, _ = linear_kl(hidden, head, hidden.roll(1, 0), head, token_weights=torch.full((40,), 1 / 40))
+    a, b = (x.double() @ head.double().t() for x in (hidden, hidden.roll(1, 0)))
+    print(abs(float(loss / torch.nn.functional.kl_div(
+        a.log_softmax(-1), b.log_softmax(-1), reduction="batchmean", log_target=True)) - 1) < 1e-6)
+"""
+
+
+def test_a_processor_without_matrix_instructions() -> None:
+    command = [sys.executable, "-c", textwrap.dedent(WITHOUT_AMX)]
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "ATEN_CPU_CAPABILITY": "avx512"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=300)
+    reason, right = done.stdout.splitlines()
+    assert reason in (products.NO_AMX, products.unavailable())
+    assert right == "True"
