@@ -34,6 +34,8 @@ class Command:
     server: "CommandServer"
     pid: int
     folder: Path
+    code: int | None = None
+    """Its exit code, once it was seen to have ended; from then on its process id may be another's."""
 
     @property
     def output(self) -> str:
@@ -53,7 +55,7 @@ class Command:
     def signal(self, number: int, rank: int | None = None) -> bool:
         """Send a signal to the command, or to one of its ranks; whether there was someone to get it."""
         pid = self.pid if rank is None else self.ranks().get(rank)
-        if pid is None or self.server.poll(self.pid) is not None:
+        if pid is None or self.poll() is not None:
             return False
         try:
             os.kill(pid, number)
@@ -62,7 +64,9 @@ class Command:
         return True
 
     def poll(self) -> int | None:
-        return self.server.poll(self.pid)
+        if self.code is None:
+            self.code = self.server.poll(self.pid)
+        return self.code
 
     def wait(self, seconds: float = LONGEST_SECONDS) -> int:
         """Its exit code, negative for a signal."""
@@ -91,7 +95,6 @@ class CommandServer:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self._codes: dict[int, int] = {}
 
     def start(
         self,
@@ -117,13 +120,9 @@ class CommandServer:
         return Command(self, self._ask(request), folder)
 
     def poll(self, pid: int) -> int | None:
-        """The exit code of a command, None while it runs."""
-        if pid not in self._codes:
-            code = self._ask({"poll": pid})
-            if code is None:
-                return None
-            self._codes[pid] = code
-        return self._codes[pid]
+        """The exit code of a command, None while it runs; to be asked until it is there, and not again."""
+        code: int | None = self._ask({"poll": pid})
+        return code
 
     def _ask(self, request: dict[str, Any]) -> Any:
         assert self._process.stdin is not None
