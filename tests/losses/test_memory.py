@@ -120,7 +120,7 @@ def test_linear_kl_needs_two_chunks_and_is_flat_in_tokens(
 
 
 def test_without_gradients_there_are_only_the_chunks() -> None:
-    assert linear_peak(1024, 32000, "auto", train=False) <= 2 * 512 * 32000 * 4 + 4 * MB
+    assert linear_peak(1024, 32000, "auto", train=False) <= 2 * 1024 * 32000 * 4 + 4 * MB
 
 
 def test_an_evaluation_is_flat_too() -> None:
@@ -131,4 +131,4 @@ def test_an_evaluation_is_flat_too() -> None:
         arguments = (hidden_s, head_s, hidden_t, head_t, labels)
         peaks.append(peak_memory(lambda: compare_heads(*arguments, token_weights=weights), CPU).tensor_bytes)  # noqa: B023
     assert (peaks[1] - peaks[0]) / 1024 <= 256
-    assert peaks[1] <= 2 * 512 * 32000 * 4 + 16 * MB
+    assert peaks[1] <= 2 * 1024 * 32000 * 4 + 16 * MB
