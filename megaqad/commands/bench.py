@@ -33,6 +33,7 @@ def bench_kl() -> None:
 
     if launch.is_rank():
         join_ranks()
+        kl.import_modelopt()  # it cannot be imported once the CPU device layer is on
         with parallel(ParallelSizes(tensor=dist.get_world_size())) as context:
             for row in sharded_kl.bench_sharded_kl(context):
                 if context.is_main:
