@@ -1,4 +1,4 @@
-"""`bench kl` over several ranks: the contestants agree on the gradients of their shards, and rows say what was timed."""
+"""`bench kl` over several ranks: contestants agree on the gradients of their shards, and rows say what was timed."""
 
 import json
 
