@@ -94,16 +94,22 @@ def _slope(evaluation: Evaluation, chunk: Chunk, plan: _Plan, *, narrow: bool, c
     """The weighted gradient of the chunk's logits [n, V_local], in the memory of logits that are done with.
 
     FP32 takes the place of the student's. BF16 (`narrow`) takes the first half of each row of the teacher's, or of the
-    student's where there is no teacher; a kernel that does not work in order writes FP32 first.
+    student's where there is no teacher; from a kernel that does not work in order it comes by way of FP32.
     """
     weights = plan.tokens.weights[chosen].double()
-    if not narrow or not plan.kernel.in_order:
+    if not narrow:
         evaluation.gradient(ALL, weights, out=chunk.student)
-        return chunk.student.bfloat16() if narrow else chunk.student
+        return chunk.student
+    if not plan.kernel.in_order and chunk.teacher is None:
+        evaluation.gradient(ALL, weights, out=chunk.student)
+        return chunk.student.bfloat16()
     spare = chunk.student if chunk.teacher is None else chunk.teacher
     slope = spare.view(torch.bfloat16)[:, : spare.shape[1]]
-    evaluation.gradient(ALL, weights, out=slope)
-    return slope
+    if plan.kernel.in_order:
+        evaluation.gradient(ALL, weights, out=slope)
+        return slope
+    evaluation.gradient(ALL, weights, out=chunk.student)
+    return slope.copy_(chunk.student)
 
 
 def _reduced(partial: Tensor | None, layout: Layout) -> Tensor | None:

@@ -87,8 +87,8 @@ def hidden_gradient(slope: Tensor, head: Tensor) -> Tensor:
     """FP32 [n, H] = slope [n, V] @ head."""
     sizes = (len(slope), *head.shape)
     if 0 in sizes:
-        return torch.zeros(len(slope), head.shape[1])
-    out = torch.empty(len(slope), head.shape[1])
+        return torch.zeros(len(slope), head.shape[1], dtype=torch.float32)
+    out = torch.empty(len(slope), head.shape[1], dtype=torch.float32)
     _call("megaqad_hidden_gradient", (_rows(slope), _rows(head), out), sizes)
     return out
 
@@ -97,8 +97,8 @@ def head_gradient(total: Tensor | None, slope: Tensor, hidden: Tensor) -> Tensor
     """FP32 [V, H] = slope [n, V]^T @ hidden [n, H], or `total` [V, H] FP32 += that."""
     sizes = (*slope.shape, hidden.shape[1])
     if 0 in sizes:
-        return torch.zeros(sizes[1:]) if total is None else total
-    out = torch.empty(sizes[1:]) if total is None else total
+        return torch.zeros(sizes[1:], dtype=torch.float32) if total is None else total
+    out = torch.empty(sizes[1:], dtype=torch.float32) if total is None else total
     assert out.dtype == torch.float32
     assert out.stride(1) == 1 or out.shape[1] == 1
     _call("megaqad_head_gradient", (_rows(slope), _rows(hidden), out), sizes, int(total is not None))
