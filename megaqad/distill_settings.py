@@ -86,10 +86,10 @@ class DistillSettings:
             raise UserError(f"distill.hidden.weight={self.hidden.weight} must be a number from 0 up")
 
     @property
-    def needs_teacher(self) -> bool:
-        """Whether any part of the loss compares with a teacher."""
+    def qad_needs_teacher(self) -> bool:
+        """Whether any part of QAD's loss compares with a teacher."""
         parts = [name for name, weight in self.loss.items() if weight] or ["forward_kl"]
-        return self.objective == "qad" and (self.hidden.weight > 0 or parts != ["cross_entropy"])
+        return self.hidden.weight > 0 or parts != ["cross_entropy"]
 
 
 def check_teacher(distill: DistillSettings, student: ModelDescription, model_dir: Path, sizes: ParallelSizes) -> None:
@@ -133,7 +133,7 @@ def check_self_teacher(distill: DistillSettings, student: ModelDescription, trai
     Raises:
         UserError: a weight is trained; the message names the first.
     """
-    if distill.teacher != "self" or not distill.needs_teacher:
+    if distill.teacher != "self" or distill.objective != "qad" or not distill.qad_needs_teacher:
         return
     for placed in placed_rows(student):
         if trains(placed, trainable):

@@ -24,6 +24,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -156,9 +157,12 @@ def import_modelopt() -> Any:
     return LogitsKLLoss
 
 
-def modelopt_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL per token by ModelOpt's loss, which wants Megatron's [s, b, V]."""
-    token_kl, _, _ = import_modelopt()(SimpleNamespace(tensor_model_parallel_size=1))(
+def modelopt_kl(student: Tensor, teacher: Tensor, ranks: int = 1) -> Tensor:
+    """KL per token by ModelOpt's loss, which wants Megatron's [s, b, V].
+
+    Of shards on several ranks it is this one's part of KL, and its gradient that of the sum.
+    """
+    token_kl, _, _ = import_modelopt()(SimpleNamespace(tensor_model_parallel_size=ranks))(
         student.unsqueeze(1), teacher.unsqueeze(1)
     )
     return token_kl.squeeze(0)
@@ -178,70 +182,79 @@ def make_logits(tokens: int, vocabulary: int, device: torch.device, seed: int) -
     return student.to(device, torch.bfloat16), teacher.to(device, torch.bfloat16)
 
 
+def of_given_logits(
+    student: Tensor, teacher: Tensor, token_kl: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[], Run]:
+    """The mean of `token_kl` over logits that exist already, and its gradient."""
+
+    def prepare() -> Run:
+        leaf = student.clone().requires_grad_()
+
+        def run() -> list[Tensor | None]:
+            token_kl(leaf, teacher).mean().backward()
+            return [leaf.grad]
+
+        return run
+
+    return prepare
+
+
+def of_heads(problem: Problem, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Run]:
+    """`loss_of` the student's hidden states and head, and the gradients of both."""
+
+    def prepare() -> Run:
+        hidden, head = problem.leaves()
+
+        def run() -> list[Tensor | None]:
+            loss_of(hidden, head).backward()
+            return [hidden.grad, head.grad]
+
+        return run
+
+    return prepare
+
+
+def fused_loss(problem: Problem, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """`linear_kl` of hidden states and head."""
+
+    def loss_of(hidden: Tensor, head: Tensor) -> Tensor:
+        weights = problem.weights
+        return linear_kl(hidden, head, problem.hidden_t, problem.head_t, token_weights=weights, **options)[0]
+
+    return loss_of
+
+
+def loss_by_logits(
+    problem: Problem, token_kl: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The weighted sum of `token_kl` over the BF16 logits of hidden states and head."""
+
+    def loss_of(hidden: Tensor, head: Tensor) -> Tensor:
+        values = token_kl(hidden @ head.t(), problem.hidden_t @ problem.head_t.t())
+        return (values * problem.weights).sum()
+
+    return loss_of
+
+
 def logits_contestants(tokens: int, vocabulary: int, device: torch.device, seed: int) -> Contestants:
     student, teacher = make_logits(tokens, vocabulary, device, seed)
-
-    def contestant(token_kl: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Run]:
-        def prepare() -> Run:
-            leaf = student.clone().requires_grad_()
-
-            def run() -> list[Tensor | None]:
-                token_kl(leaf, teacher).mean().backward()
-                return [leaf.grad]
-
-            return run
-
-        return prepare
-
-    def ours(impl: str) -> Callable[[], Run]:
-        return contestant(lambda s, t: vocab_parallel_kl(s, t, inplace=True, impl=impl))
-
-    return {
-        "megaqad": ours("auto"),
-        "megaqad_torch": ours("torch"),
-        "megaqad_reference": ours("reference"),
-        "plain": contestant(plain_kl),
-        "modelopt": contestant(modelopt_kl),
+    ours = {"megaqad": "auto", "megaqad_torch": "torch", "megaqad_reference": "reference"}
+    losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        **{name: partial(vocab_parallel_kl, inplace=True, impl=impl) for name, impl in ours.items()},
+        "plain": plain_kl,
+        "modelopt": modelopt_kl,
     }
+    return {name: of_given_logits(student, teacher, token_kl) for name, token_kl in losses.items()}
 
 
 def head_contestants(problem: Problem) -> Contestants:
     """Everything that takes hidden states and heads to gradients of both."""
     kept = problem.weights != 0
-
-    def ours(impl: str) -> Callable[[], Run]:
-        def prepare() -> Run:
-            hidden, head = problem.leaves()
-
-            def run() -> list[Tensor | None]:
-                loss, _ = linear_kl(
-                    hidden, head, problem.hidden_t, problem.head_t, token_weights=problem.weights, impl=impl
-                )
-                loss.backward()
-                return [hidden.grad, head.grad]
-
-            return run
-
-        return prepare
-
-    def of_logits(token_kl: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Run]:
-        def prepare() -> Run:
-            hidden, head = problem.leaves()
-
-            def run() -> list[Tensor | None]:
-                values = token_kl(hidden @ head.t(), problem.hidden_t @ problem.head_t.t())
-                (values * problem.weights).sum().backward()
-                return [hidden.grad, head.grad]
-
-            return run
-
-        return prepare
-
     contestants = {
-        "megaqad": ours("auto"),
-        "megaqad_torch": ours("torch"),
-        "plain": of_logits(plain_kl),
-        "modelopt": of_logits(modelopt_kl),
+        "megaqad": of_heads(problem, fused_loss(problem)),
+        "megaqad_torch": of_heads(problem, fused_loss(problem, impl="torch")),
+        "plain": of_heads(problem, loss_by_logits(problem, plain_kl)),
+        "modelopt": of_heads(problem, loss_by_logits(problem, modelopt_kl)),
         "products": lambda: lambda: _products(problem, torch.bfloat16),
         "products_fp32": lambda: lambda: _products(problem, torch.float32),
     }
@@ -295,7 +308,7 @@ def _measure(contestants: Contestants, device: torch.device, repeats: int) -> It
         prepare()()
     for _ in range(repeats):
         for name, prepare in contestants.items():
-            seconds[name].append(_seconds(prepare(), device))
+            seconds[name].append(seconds_of(prepare(), device))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     for name, prepare in contestants.items():
         peak = peak_memory(prepare(), device)
@@ -317,17 +330,18 @@ def _ratios_to_products(name: str, medians: Mapping[str, float]) -> dict[str, fl
     return {f"ratio_to_{products}": medians[name] / medians[products] for products in ("products", "products_fp32")}
 
 
-def wait(device: torch.device) -> None:
+def _wait(device: torch.device) -> None:
     """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _seconds(run: Run, device: torch.device) -> float:
-    wait(device)
+def seconds_of(run: Run, device: torch.device) -> float:
+    """Of this rank, with all that the device had to do."""
+    _wait(device)
     start = time.perf_counter()
     run()
-    wait(device)
+    _wait(device)
     return time.perf_counter() - start
 
 
@@ -340,7 +354,7 @@ def errors(problem: Problem) -> Iterator[dict[str, Any]]:
     tokens, vocabulary, width = len(problem.weights), *problem.head_s.shape
     for name, loss_of in _LOSSES.items():
         leaf_hidden, leaf_head = problem.leaves()
-        loss = loss_of(leaf_hidden, leaf_head, problem)
+        loss = loss_of(problem)(leaf_hidden, leaf_head)
         loss.backward()
         yield {
             "operation": "errors",
@@ -353,10 +367,10 @@ def errors(problem: Problem) -> Iterator[dict[str, Any]]:
         }
 
 
-_LOSSES: dict[str, Callable[[Tensor, Tensor, Problem], Tensor]] = {
-    "megaqad": lambda hidden, head, p: linear_kl(hidden, head, p.hidden_t, p.head_t, token_weights=p.weights)[0],
-    "plain": lambda hidden, head, p: (plain_kl(hidden @ head.t(), p.hidden_t @ p.head_t.t()) * p.weights).sum(),
-    "modelopt": lambda hidden, head, p: (modelopt_kl(hidden @ head.t(), p.hidden_t @ p.head_t.t()) * p.weights).sum(),
+_LOSSES: dict[str, Callable[[Problem], Callable[[Tensor, Tensor], Tensor]]] = {
+    "megaqad": fused_loss,
+    "plain": partial(loss_by_logits, token_kl=plain_kl),
+    "modelopt": partial(loss_by_logits, token_kl=modelopt_kl),
 }
 
 

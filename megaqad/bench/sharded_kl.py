@@ -7,11 +7,9 @@ turns; a round's seconds are those of the slowest rank. `products` are this rank
 """
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from megaqad.bench import kl
 from megaqad.bench.kl import Contestants, Problem, Run
-from megaqad.losses import linear_kl, vocab_parallel_kl
+from megaqad.losses import vocab_parallel_kl
 from megaqad.runtime.parallel import ParallelContext
 
 _LOGITS = {"cpu": ((2048, 32000), (512, 151936)), "cuda": ((8192, 151936),)}
@@ -69,65 +67,36 @@ def _shard(whole: Tensor, context: ParallelContext, dim: int) -> Tensor:
     return whole.tensor_split(context.world_size, dim)[context.tensor_rank].clone()
 
 
-def _modelopt(student: Tensor, teacher: Tensor, ranks: int) -> Tensor:
-    """This shard's part of KL per token, which is what ModelOpt's loss gives; its gradient is that of the sum."""
-    loss = kl.import_modelopt()(SimpleNamespace(tensor_model_parallel_size=ranks))
-    part, _, _ = loss(student.unsqueeze(1), teacher.unsqueeze(1))
-    values: Tensor = part.squeeze(0)
-    return values
-
-
 def _of_logits(student: Tensor, teacher: Tensor, context: ParallelContext) -> Contestants:
-    group, ranks = context.tensor_group, context.world_size
-
-    def contestant(token_kl: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Run]:
-        def prepare() -> Run:
-            leaf = student.clone().requires_grad_()
-
-            def run() -> list[Tensor | None]:
-                token_kl(leaf, teacher).mean().backward()
-                return [leaf.grad]
-
-            return run
-
-        return prepare
-
-    return {
-        "megaqad": contestant(partial(vocab_parallel_kl, group=group, inplace=True)),
-        "megaqad_torch": contestant(partial(vocab_parallel_kl, group=group, inplace=True, impl="torch")),
-        "modelopt": contestant(partial(_modelopt, ranks=ranks)),
+    ours = partial(vocab_parallel_kl, group=context.tensor_group, inplace=True)
+    losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "megaqad": ours,
+        "megaqad_torch": partial(ours, impl="torch"),
+        "modelopt": partial(kl.modelopt_kl, ranks=context.world_size),
     }
+    return {name: kl.of_given_logits(student, teacher, token_kl) for name, token_kl in losses.items()}
 
 
 def _of_heads(problem: Problem, context: ParallelContext) -> Contestants:
-    group, ranks = context.tensor_group, context.world_size
+    group = context.tensor_group
+    modelopt = kl.of_heads(problem, kl.loss_by_logits(problem, partial(kl.modelopt_kl, ranks=context.world_size)))
 
-    def ours() -> Run:
-        hidden, head = problem.leaves()
+    def column_parallel() -> Run:
+        run = modelopt()
 
-        def run() -> list[Tensor | None]:
-            loss, _ = linear_kl(
-                hidden, head, problem.hidden_t, problem.head_t, token_weights=problem.weights, group=group
-            )
-            loss.backward()
-            return [hidden.grad, head.grad]
+        def run_and_sum() -> list[Tensor | None]:
+            hidden_gradient, head_gradient = run()
+            assert hidden_gradient is not None
+            dist.all_reduce(hidden_gradient, group=group)  # as a column-parallel head does in backward
+            return [hidden_gradient, head_gradient]
 
-        return run
+        return run_and_sum
 
-    def modelopt() -> Run:
-        hidden, head = problem.leaves()
-
-        def run() -> list[Tensor | None]:
-            values = _modelopt(hidden @ head.t(), problem.hidden_t @ problem.head_t.t(), ranks)
-            (values * problem.weights).sum().backward()
-            assert hidden.grad is not None
-            dist.all_reduce(hidden.grad, group=group)  # as a column-parallel head does in backward
-            return [hidden.grad, head.grad]
-
-        return run
-
-    products = kl.head_contestants(problem)["products"]
-    return {"megaqad": ours, "modelopt": modelopt, "products": products}
+    return {
+        "megaqad": kl.of_heads(problem, kl.fused_loss(problem, group=group)),
+        "modelopt": column_parallel,
+        "products": kl.head_contestants(problem)["products"],
+    }
 
 
 def _measure(contestants: Contestants, context: ParallelContext, repeats: int) -> Iterator[dict[str, Any]]:
@@ -144,11 +113,7 @@ def _measure(contestants: Contestants, context: ParallelContext, repeats: int) -
 
 def _seconds(run: Run, context: ParallelContext) -> float:
     """Of the slowest rank."""
-    kl.wait(context.device)
     dist.barrier()
-    start = time.perf_counter()
-    run()
-    kl.wait(context.device)
-    spent = torch.tensor(time.perf_counter() - start, device=context.device)
+    spent = torch.tensor(kl.seconds_of(run, context.device), device=context.device)
     dist.all_reduce(spent, op=dist.ReduceOp.MAX)
     return float(spent)

@@ -103,8 +103,7 @@ def train_student(session: Session, run_dir: Path, objective: Objective) -> list
     optimizer, scheduler = build_optimizer(
         wrapped, settings.train, session.dtype, scale_lr=settings.quantization.scale_lr or SCALE_LR
     )
-    divergence = divergence_of(session)
-    teaches = objective is Objective.QAD and (divergence.needs_teacher or settings.distill.hidden.weight > 0)
+    teaches = objective is Objective.QAD and settings.distill.qad_needs_teacher
     teacher = teacher_of(session, student) if teaches else None
     evaluators: list[Evaluator] = []  # made on first use: it loads the original model, which a cached teacher spares
 
@@ -128,7 +127,7 @@ def train_student(session: Session, run_dir: Path, objective: Objective) -> list
             session.context,
             objective=objective,
             teacher=teacher,
-            divergence=divergence,
+            divergence=divergence_of(session),
             hidden=hidden_loss_of(session, student, teacher) if teacher is not None else None,
         ),
         data=session.data.train,

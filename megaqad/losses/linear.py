@@ -96,20 +96,13 @@ def _slope(evaluation: Evaluation, chunk: Chunk, plan: _Plan, *, narrow: bool, c
     FP32 takes the place of the student's. BF16 (`narrow`) takes the first half of each row of the teacher's, or of the
     student's where there is no teacher; from a kernel that does not work in order it comes by way of FP32.
     """
-    weights = plan.tokens.weights[chosen].double()
-    if not narrow:
-        evaluation.gradient(ALL, weights, out=chunk.student)
-        return chunk.student
-    if not plan.kernel.in_order and chunk.teacher is None:
-        evaluation.gradient(ALL, weights, out=chunk.student)
-        return chunk.student.bfloat16()
     spare = chunk.student if chunk.teacher is None else chunk.teacher
-    slope = spare.view(torch.bfloat16)[:, : spare.shape[1]]
-    if plan.kernel.in_order:
-        evaluation.gradient(ALL, weights, out=slope)
-        return slope
-    evaluation.gradient(ALL, weights, out=chunk.student)
-    return slope.copy_(chunk.student)
+    halves = spare.view(torch.bfloat16)[:, : spare.shape[1]]
+    out = halves if narrow and plan.kernel.in_order else chunk.student
+    evaluation.gradient(ALL, plan.tokens.weights[chosen].double(), out=out)
+    if out is halves or not narrow:
+        return out
+    return out.bfloat16() if chunk.teacher is None else halves.copy_(out)
 
 
 def _reduced(partial: Tensor | None, layout: Layout) -> Tensor | None:

@@ -8,9 +8,12 @@ from megaqad.commands.export import write_export
 from megaqad.commands.session import Session
 from megaqad.commands.students import ready_to_ship, train_student
 from megaqad.config import check_settings, load_settings
-from megaqad.distillation.step import Objective
+from megaqad.distillation.step import DistillationStep, Objective
+from megaqad.distillation.teachers import Teacher
+from megaqad.models.causal_lm import CausalLM
 from megaqad.runtime.parallel import shutdown_parallel
 from megaqad.training.logs import read_metrics
+from megaqad.training.optimizer import build_optimizer, wrap_for_training
 
 SMALL_RUN = [
     "data=random",
@@ -26,6 +29,15 @@ SMALL_RUN = [
     "evaluation.training_tokens=256",
     "logging.wandb.mode=disabled",
 ]
+
+
+def qad_step(session: Session, student: list[CausalLM], teacher: Teacher, **options: Any) -> DistillationStep:
+    """A step of QAD, alone. ``options``: further arguments of ``DistillationStep``."""
+    wrapped = wrap_for_training(student)
+    optimizer, scheduler = build_optimizer(wrapped, session.settings.train, session.dtype)
+    return DistillationStep(
+        wrapped, optimizer, scheduler, session.context, objective=Objective.QAD, teacher=teacher, **options
+    )
 
 
 def train_curve(rank: int, world_size: int, overrides: list[str]) -> list[dict[str, Any]]:

@@ -15,11 +15,10 @@ from megaqad.commands.session import Session
 from megaqad.commands.teaching import divergence_of, hidden_loss_of, teacher_of
 from megaqad.config import Settings, load_settings
 from megaqad.distillation.forward import flatten_tokens
-from megaqad.distillation.step import DistillationStep, MicroBatch, Objective
+from megaqad.distillation.step import MicroBatch
 from megaqad.models.causal_lm import CausalLM
 from megaqad.runtime.parallel import shutdown_parallel
-from megaqad.training.optimizer import build_optimizer, wrap_for_training
-from tests.distillation.runs import SMALL_RUN
+from tests.distillation.runs import SMALL_RUN, qad_step
 from tests.losses.oracle import dense_cka, dense_kl, relative_error
 from tests.models.checkpoints import make_checkpoint
 
@@ -81,17 +80,9 @@ def errors_of_a_step(rank: int, world_size: int, overrides: list[str]) -> dict[s
     session = Session.start(settings)
     try:
         student, plain = session.original_student(), session.original_student()
-        wrapped = wrap_for_training(student)
         teacher = teacher_of(session, student)
-        step = DistillationStep(
-            wrapped,
-            *build_optimizer(wrapped, settings.train, session.dtype),
-            session.context,
-            objective=Objective.QAD,
-            teacher=teacher,
-            divergence=divergence_of(session),
-            hidden=hidden_loss_of(session, student, teacher),
-        )
+        hidden = hidden_loss_of(session, student, teacher)
+        step = qad_step(session, student, teacher, divergence=divergence_of(session), hidden=hidden)
         given = batches(session.description.vocab_size)
         result = step(given)
         assert result.fault is None

@@ -14,11 +14,9 @@ from megaqad.commands.session import Session
 from megaqad.commands.teaching import teacher_of
 from megaqad.config import load_settings
 from megaqad.distillation.forward import flatten_tokens
-from megaqad.distillation.step import DistillationStep, Objective
 from megaqad.nvfp4 import fake_quantize, tensor_amax
 from megaqad.runtime.parallel import shutdown_parallel
-from megaqad.training.optimizer import build_optimizer, wrap_for_training
-from tests.distillation.runs import SMALL_RUN
+from tests.distillation.runs import SMALL_RUN, qad_step
 from tests.distillation.test_gradients import KEEPS_GRADIENTS, batches
 from tests.losses.oracle import dense_kl, relative_error
 from tests.models.checkpoints import make_checkpoint
@@ -55,14 +53,7 @@ def trained_gradients(rank: int, world_size: int, overrides: list[str]) -> Gradi
     session = Session.start(settings)
     try:
         student = session.calibrated_student()
-        wrapped = wrap_for_training(student)
-        step = DistillationStep(
-            wrapped,
-            *build_optimizer(wrapped, settings.train, session.dtype),
-            session.context,
-            objective=Objective.QAD,
-            teacher=teacher_of(session, student),
-        )
+        step = qad_step(session, student, teacher_of(session, student))
         last, hidden = student[-1], []
 
         def keep_gradient(decoder: torch.nn.Module, arguments: object, output: Tensor) -> None:

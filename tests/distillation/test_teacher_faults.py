@@ -5,12 +5,11 @@ import torch
 
 from megaqad.commands.session import Session
 from megaqad.config import load_settings
-from megaqad.distillation.step import DistillationStep, MicroBatch, Objective
+from megaqad.distillation.step import MicroBatch
 from megaqad.distillation.teachers import LiveTeacher
 from megaqad.errors import UserError
 from megaqad.runtime.parallel import shutdown_parallel
-from megaqad.training.optimizer import build_optimizer, wrap_for_training
-from tests.distillation.runs import SMALL_RUN
+from tests.distillation.runs import SMALL_RUN, qad_step
 from tests.models.checkpoints import make_checkpoint
 
 LAYOUTS = {
@@ -46,14 +45,7 @@ def messages(rank: int, world_size: int, overrides: list[str], value: float, cou
     session = Session.start(settings)
     try:
         student = session.original_student()
-        wrapped = wrap_for_training(student)
-        step = DistillationStep(
-            wrapped,
-            *build_optimizer(wrapped, settings.train, session.dtype),
-            session.context,
-            objective=Objective.QAD,
-            teacher=BrokenTeacher(session.frozen(settings.teacher_dir), session.context, value),
-        )
+        step = qad_step(session, student, BrokenTeacher(session.frozen(settings.teacher_dir), session.context, value))
         tokens = torch.randint(515, (2, 2, 17), generator=torch.Generator().manual_seed(1))
         weights = torch.ones(2, 2, 16)
         weights[1, 1, 2] = 0

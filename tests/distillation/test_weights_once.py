@@ -15,13 +15,12 @@ from torch import Tensor
 from megaqad.commands.session import Session
 from megaqad.commands.teaching import divergence_of, teacher_of
 from megaqad.config import load_settings
-from megaqad.distillation.step import DistillationStep, MicroBatch, Objective
+from megaqad.distillation.step import MicroBatch
 from megaqad.models.causal_lm import CausalLM
 from megaqad.quantization.layers import QuantizedLinear
 from megaqad.quantization.state import quantized_linears
 from megaqad.runtime.parallel import shutdown_parallel
-from megaqad.training.optimizer import build_optimizer, wrap_for_training
-from tests.distillation.runs import SMALL_RUN
+from tests.distillation.runs import SMALL_RUN, qad_step
 from tests.models.checkpoints import make_checkpoint
 
 STEPS, MICRO_BATCHES = 2, 4
@@ -87,15 +86,7 @@ def train(rank: int, world_size: int, overrides: list[str]) -> list[Trained]:
 
 def train_one(session: Session, hides: bool) -> Trained:
     student = session.calibrated_student()
-    wrapped = wrap_for_training(student)
-    step = DistillationStep(
-        wrapped,
-        *build_optimizer(wrapped, session.settings.train, session.dtype),
-        session.context,
-        objective=Objective.QAD,
-        teacher=teacher_of(session, student),
-        divergence=divergence_of(session),
-    )
+    step = qad_step(session, student, teacher_of(session, student), divergence=divergence_of(session))
     layers = list(quantized_linears(student))
     used: list[list[Tensor]] = [[] for _ in layers]  # the tensors themselves: an address may be used again
     for layer, found in zip(layers, used, strict=True):
