@@ -15,8 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megaqad.config import TEACHERS, Settings
+from megaqad.config import Settings
 from megaqad.data.tokens import tokenizer_fingerprint
+from megaqad.distill_settings import TEACHERS
 from megaqad.errors import UserError
 from megaqad.runtime.files import write_text_whole
 from megaqad.runtime.lock import DirectoryLock

@@ -3,7 +3,7 @@
 import torch
 
 from megaqad.commands.session import Session
-from megaqad.config import TEACHERS
+from megaqad.distill_settings import TEACHERS
 from megaqad.distillation.cache import HiddenCache, tokens_digest
 from megaqad.distillation.hidden import HiddenLoss
 from megaqad.distillation.teachers import CachedTeacher, LiveTeacher, SelfTeacher, Teacher

@@ -143,7 +143,7 @@ def initialize_parallel(sizes: ParallelSizes, *, seed: int = 0) -> ParallelConte
     must differ (tensor-parallel weight initialization).
 
     Raises:
-        AssertionError: the world is not a multiple of ``sizes.model_ranks`` (config.py refuses this for users).
+        AssertionError: the world is not a multiple of ``sizes.model_ranks`` (config/checks.py refuses this).
     """
     world_size = dist.get_world_size()
     assert world_size % sizes.model_ranks == 0, f"{world_size} ranks do not divide into {sizes}"

@@ -1,0 +1,145 @@
+"""Every check of the settings that needs no rank and no weight, made before a rank is started.
+
+A refusal is one line that names the value, the limit and the way out.
+"""
+
+import os
+from dataclasses import asdict
+
+from megaqad.config.settings import Settings
+from megaqad.distill_settings import TEACHERS, check_self_teacher, check_teacher
+from megaqad.errors import UserError
+from megaqad.models.checks import check_checkpoint, check_layout, check_sequence_length
+from megaqad.models.description import ModelDescription, describe_model
+from megaqad.models.trainable import check_trainable
+from megaqad.quantization.backend import check_backend
+from megaqad.quantization.recipe import HEAD, recipe_for
+from megaqad.runtime.duration import seconds_of
+
+DTYPES = ("bfloat16", "float32")
+EXPORT_FORMATS = ("modelopt",)
+COMMANDS_THAT_DISTILL = ("demo", "recover", "distill")
+COMMANDS_WITH_DATA = ("demo", "recover", "quantize", "distill", "evaluate", "pretrain")
+WANDB_MODES = ("offline", "online", "disabled")
+
+
+def world_size(settings: Settings) -> int:
+    """Ranks of the run: what torchrun or srun started, else what the settings need on this machine."""
+    return int(os.environ.get("WORLD_SIZE", settings.local_ranks))
+
+
+def data_parallel_size(settings: Settings) -> int:
+    """Model replicas in the run."""
+    return world_size(settings) // settings.sizes.model_ranks
+
+
+def check_settings(command: str, settings: Settings) -> ModelDescription:
+    """Refuse what cannot work, before any rank exists: settings, layout, model files. Returns the model it read.
+
+    Raises:
+        UserError: the first mistake, in one line that names the value, the limit and the way out.
+    """
+    for name, value in (("model", settings.model), ("output_dir", settings.output_dir)):
+        if not value:
+            raise UserError(f"{name} is not set: give {name}=<directory>")
+    reads_data = command in COMMANDS_WITH_DATA
+    if reads_data and settings.data.source == "text" and not settings.data.files:
+        raise UserError("data is not set: give data=<file.txt>, a directory or a glob, or data=stdlib")
+    _check_values(settings)
+    _check_world(settings)
+    description = describe_model(settings.model_dir)
+    check_layout(description, settings.sizes)
+    if command != "pretrain":
+        check_checkpoint(description, settings.model_dir)
+    recipe = recipe_for(settings.quantization, description, settings.sizes.tensor)
+    check_backend(settings.quantization, settings.runtime.dtype)
+    learned = recipe.quantized_modules() if settings.quantization.weight_scales == "learned" else []
+    check_trainable(description, settings.train.trainable, [name for name in learned if name != HEAD])
+    if reads_data:
+        check_sequence_length(description, settings.train.sequence_length, settings.sizes)
+        _check_batches(settings)
+    if settings.distill.teacher not in TEACHERS:
+        check_sequence_length(describe_model(settings.teacher_dir), settings.train.sequence_length, settings.sizes)
+    check_teacher(settings.distill, description, settings.model_dir, settings.sizes)
+    if command in COMMANDS_THAT_DISTILL:
+        check_self_teacher(settings.distill, description, settings.train.trainable)
+    return description
+
+
+def _check_values(settings: Settings) -> None:
+    for name, value, choices in (
+        ("runtime.dtype", settings.runtime.dtype, DTYPES),
+        ("export.format", settings.export.format, EXPORT_FORMATS),
+        ("logging.wandb.mode", settings.logging.wandb.mode, WANDB_MODES),
+    ):
+        if value not in choices:
+            raise UserError(f"{name}={value} is unknown: choose one of {', '.join(choices)}")
+    parallel, train = settings.parallel, settings.train
+    at_least_one = {
+        **{f"parallel.{name}": size for name, size in asdict(parallel).items() if name != "sequence"},
+        "train.steps": train.steps,
+        "train.global_batch_size": train.global_batch_size,
+        "train.micro_batch_size": train.micro_batch_size,
+        "train.sequence_length": train.sequence_length,
+        "checkpoint.every": settings.checkpoint.every,
+        "checkpoint.keep": settings.checkpoint.keep,
+        "train.max_bad_steps": train.max_bad_steps,
+        "evaluation.max_tokens": settings.evaluation.max_tokens,
+    }
+    for name, count in at_least_one.items():
+        if count < 1:
+            raise UserError(f"{name}={count} is too small: it must be 1 or more")
+    if not 0 <= train.min_lr <= train.lr:
+        raise UserError(f"train.min_lr={train.min_lr} must lie between 0 and train.lr={train.lr}")
+    if not 0 <= train.warmup_steps < train.steps:
+        raise UserError(f"train.warmup_steps={train.warmup_steps} must lie between 0 and train.steps={train.steps} - 1")
+    _check_resilience(settings)
+
+
+def _check_resilience(settings: Settings) -> None:
+    """Settings of checkpoints, stops and faults."""
+    if settings.checkpoint.keep_best < 0:
+        raise UserError(f"checkpoint.keep_best={settings.checkpoint.keep_best} is negative: use 0 to keep none for it")
+    if settings.train.spike_factor != 0 and settings.train.spike_factor <= 1:
+        raise UserError(f"train.spike_factor={settings.train.spike_factor} must be 0 (never) or above 1, like 3")
+    if settings.train.stop_after is not None:
+        seconds_of(settings.train.stop_after, "train.stop_after")
+    seconds_of(settings.runtime.hang_timeout, "runtime.hang_timeout")
+
+
+def _check_world(settings: Settings) -> None:
+    parallel = settings.parallel
+    ranks = world_size(settings)
+    needed = settings.sizes.model_ranks
+    if ranks % needed:
+        raise UserError(
+            f"{ranks} ranks were started, but parallel.tensor={parallel.tensor} x parallel.pipeline="
+            f"{parallel.pipeline} x parallel.context={parallel.context} needs a multiple of {needed}: "
+            "start that many or change the layout"
+        )
+    if parallel.context > 1:
+        raise UserError(
+            f"parallel.context={parallel.context} needs Transformer Engine's attention, which this build does not use: "
+            "set parallel.context=1"
+        )
+    if parallel.expert > 1:
+        raise UserError(f"parallel.expert={parallel.expert} needs a mixture-of-experts model: set parallel.expert=1")
+    if parallel.sequence and parallel.tensor == 1:
+        raise UserError("parallel.sequence=true divides work among tensor-parallel ranks: set parallel.tensor above 1")
+
+
+def _check_batches(settings: Settings) -> None:
+    train, replicas = settings.train, data_parallel_size(settings)
+    share = train.micro_batch_size * replicas
+    if train.global_batch_size % share:
+        raise UserError(
+            f"train.global_batch_size={train.global_batch_size} does not divide by train.micro_batch_size="
+            f"{train.micro_batch_size} x {replicas} data-parallel replicas: choose a multiple of {share}"
+        )
+    micro_batches = train.global_batch_size // share
+    parallel = settings.parallel
+    if parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
+        raise UserError(
+            f"{micro_batches} microbatches per step do not divide by parallel.pipeline={parallel.pipeline}, which the "
+            f"interleaved schedule needs: make train.global_batch_size a multiple of {share * parallel.pipeline}"
+        )
