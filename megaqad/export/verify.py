@@ -23,18 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megaqad.export.client import (
-    Client,
-    VerificationError,
+from megaqad.export.client import Client, VerificationError, open_export
+from megaqad.export.client_checks import (
     check_cache_scales,
     check_files,
     check_input_scales,
     check_structure,
     check_tensors,
-    load_client_model,
-    open_export,
-    round_activations,
 )
+from megaqad.export.client_model import load_client_model, round_activations
 
 __all__ = ["Tolerance", "Verification", "VerificationError", "verify"]
 

@@ -1,0 +1,76 @@
+"""What an export computes: transformers' own model with the stored weights, rounding what engines round."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megaqad.export.client import Client, cache_scales, model_of
+from megaqad.export.layouts import INPUT, LAYOUTS
+
+CACHED_ATTENTION = "megaqad_rounded_kv_cache"
+"""Name under which transformers knows the attention that rounds keys and values."""
+
+
+def load_client_model(client: Client) -> nn.Module:
+    """transformers' model in FP32 with the stored weights, dequantized; its activations stay as they are."""
+    model = model_of(client.config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            module, _, kind = name.rpartition(".")
+            if kind == "weight" and module in client.algorithms:
+                parameter.copy_(client.weight(module))
+            else:
+                parameter.copy_(client.tensor(name))
+    return model
+
+
+def round_activations(client: Client, model: nn.Module) -> None:
+    """From now on ``model`` rounds the inputs of its quantized linears, and its keys and values, as engines do."""
+    modules = dict(model.named_modules())
+    for name in client.algorithms:
+        layout = client.layout(name)
+        if layout.round_input is not None:
+            scales = [client.tensor(f"{name}.{ending}") for ending in layout.tensors if ending in INPUT]
+            modules[name].register_forward_pre_hook(_input_rounding(layout.round_input, scales))
+    if client.kv_cache is not None:
+        _round_cache(client, model)
+
+
+def _input_rounding(
+    rounding: Callable[..., Tensor], scales: list[Tensor]
+) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (rounding(args[0], *scales), *args[1:])
+
+    return hook
+
+
+def _round_cache(client: Client, model: nn.Module) -> None:
+    """Give ``model`` an attention that rounds the keys and values it is handed, which are those of the cache."""
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    assert client.kv_cache is not None
+    rounding = LAYOUTS[client.kv_cache].round_input
+    assert rounding is not None
+    # The file's scale leaves the range of four-bit codes to the engine.
+    divisor = LAYOUTS[client.kv_cache].range / 448.0
+    one = torch.ones(())
+    scales = {
+        module: (client.tensor(name) if client.has_cache_scales else one) / divisor
+        for name, module in cache_scales(client).items()
+    }
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert rounding is not None
+        prefix = f"model.layers.{module.layer_idx}.self_attn"
+        key, value = rounding(key, scales[f"{prefix}.k_proj"]), rounding(value, scales[f"{prefix}.v_proj"])
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+    AttentionInterface.register(CACHED_ATTENTION, attention)
+    AttentionMaskInterface.register(CACHED_ATTENTION, sdpa_mask)
+    assert isinstance(model, PreTrainedModel)
+    model.set_attn_implementation(CACHED_ATTENTION)
