@@ -10,7 +10,8 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
-from megaqad.report.pictures import LABEL, PALETTE, Picture
+from megaqad.report.canvas import PALETTE, Picture
+from megaqad.report.pictures import LABEL
 from megaqad.report.results import Column, LayerError, RunResults
 from megaqad.report.verdict import NBSP, Verdict, duration, entropy, judge, nats, percent, recovered_text
 

@@ -1,90 +1,22 @@
-"""The report's pictures: drawn once by matplotlib, kept as PNG files and put into the page as SVG.
+"""The report's pictures: each says one thing, carries its labels beside the marks, and is narrow enough for a
+telephone. ``canvas.py`` gives them their style and their files."""
 
-A page must read in light and in dark, and on paper. An SVG inside a page can use the page's own colours, so every
-colour drawn here is one of `PALETTE`'s, and `_themed` replaces it in the SVG by the CSS variable of the same name. The
-page defines these variables from the same table, for both modes. Text stays
-text: sharp, selectable, in the page's font.
-
-Each picture says one thing, carries its labels beside the marks, and is narrow enough for a telephone.
-"""
-
-import io
 import math
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from megaqad.quantization.allocation import GroupKL
+from megaqad.report.canvas import INK, MUTED, PALETTE, PAPER, WIDTH, Picture, picture
 from megaqad.report.layers import LayerGrid, grid_of, layer_grid
 from megaqad.report.results import Column, Curve, RunResults
 from megaqad.report.verdict import MINUS, entropy, nats
 
-PALETTE = {
-    # name: (light, dark); the light ones are what matplotlib draws and what the PNG files show
-    "ink": ("#20242b", "#e6e4df"),
-    "muted": ("#6a6f78", "#9b9fa8"),
-    "rule": ("#d9d7d0", "#383c44"),
-    "paper": ("#fdfcf9", "#16181d"),
-    "ptq": ("#858b96", "#8b919c"),
-    "qat": ("#b8651b", "#e39a55"),
-    "qad": ("#0f7568", "#43bfae"),
-    "bad": ("#b3261e", "#f2887f"),
-}
-
-INK, MUTED, RULE, PAPER = (PALETTE[name][0] for name in ("ink", "muted", "rule", "paper"))
 COLOR = {name: PALETTE[name][0] for name in ("ptq", "qat", "qad")}
 LABEL = {"bf16": "BF16", "ptq": "PTQ", "qat": "QAT", "qad": "QAD"}
-
-STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "figure.titlesize": 9.5,
-    "figure.titleweight": "bold",
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "axes.facecolor": "none",
-    "axes.formatter.useoffset": False,
-    "grid.color": RULE,
-    "grid.linewidth": 0.6,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "text.color": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "lines.solid_capstyle": "round",
-    "svg.fonttype": "none",
-}
-
-WIDTH, HEIGHT = 4.7, 2.9
-"""Inches; the page sets two beside each other."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """name: of the PNG file, which holds its title too. svg: for the page, without title, coloured by CSS variables.
-    title, caption: plain text."""
-
-    name: str
-    title: str
-    png: bytes
-    svg: str
-    caption: str
-    wide: bool = False
 
 
 def draw_pictures(results: RunResults) -> list[Picture]:
@@ -111,7 +43,7 @@ def _recovery_kl(results: RunResults) -> Picture:
         _bars(figure.add_subplot(), columns, [column.kl_to_teacher for column in columns.values()], nats)
 
     caption = "Distance from the BF16 teacher, which is at 0. Shorter is better."
-    return _picture("recovery", "KL to the teacher, nats per token", draw, caption, height=_bars_height(columns))
+    return picture("recovery", "KL to the teacher, nats per token", draw, caption, height=_bars_height(columns))
 
 
 def _recovery_text(results: RunResults) -> Picture:
@@ -127,7 +59,7 @@ def _recovery_text(results: RunResults) -> Picture:
         f"The teacher's is {entropy(teacher)}. A model can score the text as well as the teacher and still answer "
         "differently; only the KL sees that."
     )
-    return _picture("recovery_cross_entropy", title, draw, caption, height=_bars_height(columns))
+    return picture("recovery_cross_entropy", title, draw, caption, height=_bars_height(columns))
 
 
 def _bars_height(columns: dict[str, Column]) -> float:
@@ -168,7 +100,7 @@ def _qad_curve(results: RunResults) -> Picture:
         figure.legend(loc="outside lower center", ncols=2)
 
     caption = "Thin: every step; thick: running mean. Dashed: means over all held-out tokens, before and after."
-    return _picture("training_qad", "QAD: KL to the teacher while training", draw, caption)
+    return picture("training_qad", "QAD: KL to the teacher while training", draw, caption)
 
 
 def _qat_curve(results: RunResults, qat: Column) -> Picture:
@@ -183,7 +115,7 @@ def _qat_curve(results: RunResults, qat: Column) -> Picture:
         figure.legend(loc="outside lower center", ncols=2)
 
     caption = "The same start, steps and data, with the loss on the text instead of the teacher."
-    return _picture("training_qat", "QAT: cross entropy while training", draw, caption)
+    return picture("training_qat", "QAT: cross entropy while training", draw, caption)
 
 
 def _optimizer(results: RunResults) -> Picture:
@@ -208,9 +140,7 @@ def _optimizer(results: RunResults) -> Picture:
             figure.legend(loc="outside lower center", ncols=2)
         figure.align_ylabels()
 
-    return _picture(
-        "optimizer", "Gradient norm and learning rate", draw, "Gradient norms are measured before clipping."
-    )
+    return picture("optimizer", "Gradient norm and learning rate", draw, "Gradient norms are measured before clipping.")
 
 
 def _step_ticks() -> MaxNLocator:
@@ -306,39 +236,4 @@ def _heat(name: str, title: str, grid: LayerGrid, label: Callable[[float], str],
         axes.spines[["left", "bottom"]].set_visible(False)
 
     size = (2 * WIDTH if wide else WIDTH, 0.9 + 0.34 * rows)
-    return _picture(name, title, draw, caption, width=size[0], height=size[1], wide=wide)
-
-
-def _picture(
-    name: str,
-    title: str,
-    draw: Callable[[Figure], None],
-    caption: str,
-    *,
-    width: float = WIDTH,
-    height: float = HEIGHT,
-    wide: bool = False,
-) -> Picture:
-    """Draw on a figure of its own (no pyplot, no state left behind) and write it in both formats."""
-    png, svg = io.BytesIO(), io.StringIO()
-    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure)
-        heading = figure.suptitle(title, x=0.01, ha="left")
-        figure.savefig(png, format="png", dpi=200, facecolor=PAPER)
-        heading.set(visible=False, in_layout=False)  # the page sets it as text that wraps
-        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    return Picture(name, title, png.getvalue(), _themed(svg.getvalue(), name), caption, wide)
-
-
-def _themed(svg: str, name: str) -> str:
-    """From a file to an element of the page: no prolog, no namespaces, no metadata, colours by name, ids of its own."""
-    body = svg[svg.index("<svg") :]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", body)
-    body = re.sub(r'(<svg)[^>]*?(viewBox="[^"]*")[^>]*>', r'\1 \2 role="img">', body, count=1)
-    for reference in (r'\bid="', r"url\(#", r'href="#'):
-        body = re.sub(rf"({reference})", rf"\g<1>{name}-", body)
-    for color, (light, _) in PALETTE.items():
-        body = body.replace(light, f"var(--{color})")
-    return body.strip()
+    return picture(name, title, draw, caption, width=size[0], height=size[1], wide=wide)
