@@ -11,7 +11,7 @@ from pathlib import Path
 from megaqad.errors import UserError
 from megaqad.models.checks import check_checkpoint, check_layout, check_vocabularies
 from megaqad.models.description import ModelDescription, describe_model
-from megaqad.models.families import placed_rows
+from megaqad.models.rows import placed_rows
 from megaqad.models.trainable import trains
 from megaqad.runtime.sizes import ParallelSizes
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from megaqad.config import Settings
 from megaqad.errors import UserError
 from megaqad.models.description import describe_model
-from megaqad.models.families import hf_tensors
+from megaqad.models.rows import hf_tensors
 from megaqad.quantization.allocation import BF16, GroupKL
 from megaqad.quantization.choice import read_choice
 from megaqad.report import (

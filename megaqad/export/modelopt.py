@@ -41,9 +41,10 @@ from megaqad.errors import UserError
 from megaqad.export.manifest import MANIFEST_FILE, Manifest
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import ModelDescription
-from megaqad.models.families import HfTensor, PlacedRow, linear_modules
+from megaqad.models.families import HfTensor
 from megaqad.models.hf_files import MAX_FILE_BYTES, HfFiles
 from megaqad.models.hf_writer import Piece, stream_pieces, written_rows
+from megaqad.models.rows import PlacedRow, linear_modules
 from megaqad.models.sharding import local_parameters, take_parts
 from megaqad.nvfp4 import global_scale_from_amax, quantize, tensor_amax
 from megaqad.quantization.formats import FORMATS, LinearFormat, cache_number, calibrates_cache

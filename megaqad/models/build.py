@@ -29,8 +29,8 @@ from megatron.core.transformer.transformer_layer import (
 
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import ModelDescription
-from megaqad.models.families import LinearSite, linear_sites
 from megaqad.models.modules import CausalAttention, RMSNorm
+from megaqad.models.rows import LinearSite, linear_sites
 from megaqad.models.sharding import local_parameters
 from megaqad.runtime.parallel import ParallelContext, ParallelSizes
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from megaqad.errors import UserError
 from megaqad.models.checkpoint_files import TensorEntry, read_headers
 from megaqad.models.description import ModelDescription
-from megaqad.models.families import hf_tensors
+from megaqad.models.rows import hf_tensors
 
 if TYPE_CHECKING:
     from megaqad.runtime.parallel import ParallelSizes

@@ -15,12 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megaqad.errors import UserError
-
-if TYPE_CHECKING:
-    from megaqad.models.description import ModelDescription
 
 
 class Shard(Enum):
@@ -99,20 +96,6 @@ class Family:
     """Tensors that old checkpoints carry and every reader recomputes."""
 
 
-@dataclass(frozen=True)
-class LinearSite:
-    """One linear layer of the model, as the quantization recipe sees it."""
-
-    layer: int
-    """Global layer index; the number of layers for the head."""
-    role: str
-    """``qkv``, ``proj``, ``fc1``, ``fc2`` or ``head``."""
-    parallel: str
-    """``column`` or ``row``."""
-    hf_modules: tuple[str, ...]
-    """Names of the Hugging Face linear modules whose weights it holds, in the order they are joined."""
-
-
 _LAYER = "model.layers.{layer}."
 _MEGATRON_LAYER = "decoder.layers.{layer}."
 
@@ -135,9 +118,11 @@ def _norm(megatron: str, name: str, shape: str = "hidden") -> Row:
     return Row(f"{_MEGATRON_LAYER}{megatron}.weight", (_hf(f"{_LAYER}{name}.weight", shape),), Shard.REPLICATED)
 
 
-_EMBEDDING = Row("embedding.word_embeddings.weight", (_hf("model.embed_tokens.weight", "vocab hidden"),), Shard.VOCAB)
+EMBEDDING_ROW = Row(
+    "embedding.word_embeddings.weight", (_hf("model.embed_tokens.weight", "vocab hidden"),), Shard.VOCAB
+)
 _FINAL_NORM = Row("decoder.final_layernorm.weight", (_hf("model.norm.weight", "hidden"),), Shard.REPLICATED)
-_HEAD = Row("output_layer.weight", (_hf("lm_head.weight", "vocab hidden"),), Shard.VOCAB)
+HEAD_ROW = Row("output_layer.weight", (_hf("lm_head.weight", "vocab hidden"),), Shard.VOCAB)
 
 _DENSE_LAYER = (
     _norm("input_layernorm", "input_layernorm"),
@@ -191,9 +176,9 @@ def _dense(
     return Family(
         name=name,
         architecture=architecture,
-        first=(_EMBEDDING,),
+        first=(EMBEDDING_ROW,),
         layer=(*_DENSE_LAYER, *extra),
-        last=(_FINAL_NORM, _HEAD),
+        last=(_FINAL_NORM, HEAD_ROW),
         defaults={**_DEFAULTS, **defaults},
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
@@ -253,82 +238,3 @@ def family_of(config: Mapping[str, Any], model_dir: Path) -> Family:
     found = ", ".join(map(str, architectures)) or f"model_type={config.get('model_type')!r}"
     supported = ", ".join(family.architecture for family in FAMILIES.values())
     raise UserError(f"{model_dir}: architecture {found} is not supported; choose a checkpoint of one of: {supported}")
-
-
-@dataclass(frozen=True)
-class PlacedRow:
-    """A row at its place in the model."""
-
-    row: Row
-    layer: int | None
-    """Global layer index, None before and after the layers."""
-    after_layers: bool = False
-
-    @property
-    def parts(self) -> tuple[HfTensor, ...]:
-        """The Hugging Face tensors with their full names."""
-        return self.row.parts if self.layer is None else self.row.at_layer(self.layer)
-
-
-def placed_rows(description: "ModelDescription") -> list[PlacedRow]:
-    """Every row of the model in checkpoint order; with a tied head its row becomes an alias of the embedding."""
-    table = description.table
-    rows = [PlacedRow(row, None) for row in table.first]
-    rows += [PlacedRow(row, layer) for layer in range(description.num_layers) for row in table.layer]
-    for row in table.last:
-        tied = row is _HEAD and description.tied_embeddings
-        rows.append(PlacedRow(replace(row, parts=_EMBEDDING.parts, alias=True) if tied else row, None, True))
-    return rows
-
-
-def hf_tensors(description: "ModelDescription") -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the checkpoint must have, in checkpoint order."""
-    dims = description.dims
-    return {
-        part.name: part.sizes(dims)
-        for placed in placed_rows(description)
-        if not placed.row.alias
-        for part in placed.parts
-    }
-
-
-def linear_modules(description: "ModelDescription") -> list[str]:
-    """Hugging Face names of the layers' linear modules, in model order; the head is not among them."""
-    return [
-        name
-        for layer in range(description.num_layers)
-        for site in linear_sites(description, layer).values()
-        for name in site.hf_modules
-    ]
-
-
-def linear_sites(description: "ModelDescription", layer: int) -> dict[str, LinearSite]:
-    """The linear layers of one (global) layer, by role."""
-    return {
-        row.role: LinearSite(
-            layer=layer,
-            role=row.role,
-            parallel="row" if row.shard is Shard.ROW else "column",
-            hf_modules=tuple(part.module for part in row.at_layer(layer)),
-        )
-        for row in description.table.layer
-        if row.role is not None
-    }
-
-
-def head_site(description: "ModelDescription") -> LinearSite:
-    """The output head as a linear layer."""
-    return LinearSite(description.num_layers, "head", "column", (_HEAD.parts[0].module,))
-
-
-def contraction_sizes(description: "ModelDescription", tensor: int) -> dict[str, int]:
-    """By linear module, head included: how many inputs a rank of ``tensor`` multiplies, along which blocks lie."""
-    dims = description.dims
-    sizes = {
-        part.module: dims[part.shape[1]] // (tensor if row.shard is Shard.ROW else 1)
-        for layer in range(description.num_layers)
-        for row in description.table.layer
-        if row.role is not None
-        for part in row.at_layer(layer)
-    }
-    return {**sizes, _HEAD.parts[0].module: description.hidden_size}

@@ -20,8 +20,8 @@ from torch import Tensor
 from megaqad.models.build import chunk_layers
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import ModelDescription
-from megaqad.models.families import PlacedRow, placed_rows
 from megaqad.models.hf_files import MAX_FILE_BYTES, HfFiles
+from megaqad.models.rows import PlacedRow, placed_rows
 from megaqad.models.sharding import local_parameters, take_parts
 from megaqad.runtime.parallel import ParallelContext
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from megaqad.models.causal_lm import CausalLM, vocab_shard
 from megaqad.models.description import ModelDescription
-from megaqad.models.families import Join, PlacedRow, Row, Shard, placed_rows
+from megaqad.models.families import Join, Row, Shard
 from megaqad.models.modules import QuantizerParameter
+from megaqad.models.rows import PlacedRow, placed_rows
 
 
 def shard_range(row: Row, size: int, rank: int, ranks: int) -> tuple[int, int]:

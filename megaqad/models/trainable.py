@@ -10,7 +10,8 @@ from fnmatch import fnmatchcase
 
 from megaqad.errors import UserError
 from megaqad.models.description import ModelDescription
-from megaqad.models.families import HfTensor, PlacedRow, placed_rows
+from megaqad.models.families import HfTensor
+from megaqad.models.rows import PlacedRow, placed_rows
 
 ALL_SCALES = "scales"
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from megaqad.models.families import LinearSite
+from megaqad.models.rows import LinearSite
 from megaqad.nvfp4 import straight_through
 from megaqad.quantization.formats import LinearFormat
 from megaqad.quantization.numbers import number_format

@@ -36,8 +36,8 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megaqad.models.families import LinearSite
 from megaqad.models.modules import QuantizerParameter
+from megaqad.models.rows import LinearSite
 from megaqad.nvfp4 import (
     BLOCK_SIZE,
     NVFP4Tensor,

@@ -18,7 +18,7 @@ from typing import Any
 
 from megaqad.errors import UserError
 from megaqad.models.description import ModelDescription
-from megaqad.models.families import linear_modules
+from megaqad.models.rows import linear_modules
 from megaqad.quantization.formats import CHOICES, LinearFormat
 from megaqad.quantization.recipe import HEAD
 from megaqad.quantization.settings import QuantizationSettings, suggestion

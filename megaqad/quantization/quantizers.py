@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaqad.models.families import LinearSite
+from megaqad.models.rows import LinearSite
 from megaqad.nvfp4 import choose_scales, dequantize, quantize, row_amax, tensor_amax
 from megaqad.quantization.formats import LinearFormat
 from megaqad.quantization.numbers import EXPORT_DTYPE, number_format

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 
 from megaqad.errors import UserError
 from megaqad.models.description import ModelDescription
-from megaqad.models.families import LinearSite, contraction_sizes, head_site, linear_modules, linear_sites
+from megaqad.models.rows import LinearSite, contraction_sizes, head_site, linear_modules, linear_sites
 from megaqad.quantization.formats import CHOICES, FORMATS, LinearFormat, cache_number
 from megaqad.quantization.settings import QuantizationSettings
 

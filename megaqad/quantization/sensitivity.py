@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 
 from megaqad.models.description import ModelDescription
-from megaqad.models.families import hf_tensors
+from megaqad.models.rows import hf_tensors
 from megaqad.quantization.allocation import Group, GroupKL, groups_of
 from megaqad.quantization.formats import LinearFormat
 from megaqad.quantization.layers import QuantizerMode

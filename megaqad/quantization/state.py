@@ -18,8 +18,8 @@ from megaqad.errors import UserError
 from megaqad.models.build import LinearChoice
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import ModelDescription
-from megaqad.models.families import LinearSite, head_site
 from megaqad.models.modules import CausalAttention, QuantizerParameter
+from megaqad.models.rows import LinearSite, head_site
 from megaqad.nvfp4.calibration import Method
 from megaqad.quantization.attention import QuantizedCausalAttention
 from megaqad.quantization.head import HeadQuantizer

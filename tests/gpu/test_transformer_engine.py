@@ -28,7 +28,7 @@ def layers(kind):
     """(Transformer Engine, emulated) with the same BF16 weight."""
     from megatron.core.transformer import TransformerConfig
 
-    from megaqad.models.families import LinearSite
+    from megaqad.models.rows import LinearSite
     from megaqad.quantization.layers import NVFP4ColumnParallelLinear, NVFP4RowParallelLinear
     from megaqad.quantization.recipe import LinearFormat
     from megaqad.quantization.transformer_engine import transformer_engine_layers

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megaqad.models.description import Llama3RopeScaling, describe_model
-from megaqad.models.families import FAMILIES, hf_tensors, linear_sites
+from megaqad.models.families import FAMILIES
+from megaqad.models.rows import hf_tensors, linear_sites
 from tests.models.checkpoints import CASES, hf_config
 
 BASE: dict[str, Any] = {

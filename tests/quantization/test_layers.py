@@ -59,7 +59,7 @@ def parallel_layer(rank, world_size, kind, sequence, activations):
     """The same through the tensor-parallel layer; this rank's output, input gradient and weight gradient."""
     from megatron.core.transformer import TransformerConfig
 
-    from megaqad.models.families import LinearSite
+    from megaqad.models.rows import LinearSite
     from megaqad.quantization.layers import NVFP4ColumnParallelLinear, NVFP4RowParallelLinear, QuantizerMode
     from megaqad.quantization.state import calibrate
     from megaqad.runtime.parallel import ParallelSizes, parallel

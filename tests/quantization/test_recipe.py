@@ -5,7 +5,7 @@ import pytest
 from megaqad.config import load_settings
 from megaqad.errors import UserError
 from megaqad.models.description import describe_model
-from megaqad.models.families import linear_modules
+from megaqad.models.rows import linear_modules
 from megaqad.quantization.modelopt_recipe import translate
 from megaqad.quantization.recipe import Recipe, misfits, recipe_for
 from megaqad.quantization.settings import QuantizationSettings
