@@ -157,13 +157,13 @@ class Session:
         return chunks
 
     def calibrated_student(self, recipe: Recipe | None = None) -> list[CausalLM]:
-        """The post-training-quantized student: the original weights, input scales from training data.
+        """The post-training-quantized student: the original weights, its scales from training data where any are.
 
         ``recipe`` stands in for the run's own.
         """
+        recipe = recipe or self.recipe
         chunks = self.original_student(recipe)
-        quantization = self.settings.quantization
-        data = (lambda: forward_hidden(chunks, self._calibration_tokens())) if quantization.needs_data else None
+        data = (lambda: forward_hidden(chunks, self._calibration_tokens())) if recipe.needs_data else None
         calibrate(chunks, self.context, data)
         return chunks
 

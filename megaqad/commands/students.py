@@ -64,8 +64,10 @@ def ptq_student(session: Session) -> list[CausalLM]:
         if problem is None:
             return session.student_from(directory)
         session.terminal.say(f"ptq is damaged and made again: {problem}")
-    if session.settings.quantization.needs_data:
+    if session.recipe.needs_data:
         session.terminal.say(f"calibrating on {session.settings.quantization.calibration_samples} training sequences")
+    elif session.recipe.enabled:
+        session.terminal.say("calibrating without data: no scale of this recipe comes from them")
     student = session.calibrated_student()
     on_main(lambda: remove_leftovers(session.settings.run_dir))
     saver = CheckpointSaver(session.context)

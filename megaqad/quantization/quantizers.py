@@ -34,7 +34,7 @@ class Quantizers(torch.nn.Module):
         site: which layer this is, with its Hugging Face module names.
         quantization: its formats.
         input_amax: float32 [], largest absolute input seen in calibration; 0 until then. Part of the state dict,
-            identical on all tensor- and data-parallel ranks. Stays 0 where input scales are dynamic.
+            identical on all tensor- and data-parallel ranks. Stays 0 where inputs have no scale from calibration.
         input_counts: while it calibrates a percentile, how often each magnitude was seen (``count_magnitudes``).
         mode: what forward does with the quantizers.
     """
@@ -74,11 +74,12 @@ class Quantizers(torch.nn.Module):
         return replace(DEFAULT_SCALING, activation_percentile=self._scaling.activation_percentile)
 
     def observe(self, x: Tensor) -> None:
-        """Calibrate on an input of any shape: its largest magnitude and, for a percentile, how many it has of each."""
-        if self.quantization.dynamic:
+        """Calibrate on an input of any shape: its largest magnitude and, for a percentile, how many it has of each.
+        Nothing where inputs have no scale from calibration."""
+        if not self.quantization.calibrates_inputs:
             return
         self.input_amax.copy_(torch.maximum(self.input_amax, tensor_amax(x.detach())))
-        if self.scaling.activation_percentile < 100 and self.quantization.calibrates_inputs:
+        if self.scaling.activation_percentile < 100:
             counts = count_magnitudes(x)
             self.input_counts = counts if self.input_counts is None else self.input_counts + counts
 

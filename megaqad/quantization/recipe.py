@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from megaqad.errors import UserError
 from megaqad.models.description import ModelDescription
 from megaqad.models.rows import LinearSite, contraction_sizes, head_site, linear_modules, linear_sites
-from megaqad.quantization.formats import CHOICES, FORMATS, LinearFormat, cache_number
+from megaqad.quantization.formats import CHOICES, FORMATS, LinearFormat, cache_number, calibrates_cache
 from megaqad.quantization.settings import QuantizationSettings
 
 HEAD = "lm_head"
@@ -120,6 +120,11 @@ class Recipe:
     def kv_cache(self) -> str:
         """A member of ``KV_CACHE``."""
         return self.settings.kv_cache
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether scales come from calibration data: of the inputs of any layer, or of the KV cache."""
+        return calibrates_cache(self.kv_cache) or any(chosen.calibrates_inputs for chosen in self.formats.values())
 
     @property
     def is_smooth(self) -> bool:

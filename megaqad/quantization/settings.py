@@ -95,11 +95,6 @@ class QuantizationSettings:
         """What ``auto`` may make of a layer besides the recipe's own format and BF16."""
         return ("fp8",) if self.activations != "none" and self.backend == "emulated" else ()
 
-    @property
-    def needs_data(self) -> bool:
-        """Whether scales come from calibration data: of inputs, unless dynamic, or of the KV cache."""
-        return self.weights != "none" and (calibrates_cache(self.kv_cache) or self.activation_scales == "static")
-
     def __post_init__(self) -> None:
         self._check_scales()
         for name, value, known in (
@@ -142,7 +137,8 @@ class QuantizationSettings:
             self._check_auto(self.auto)
         if self.activation_scales == "dynamic":
             self._check_dynamic()
-        if self.calibration_samples < 1 and self.needs_data:
+        calibrates = calibrates_cache(self.kv_cache) or self.activation_scales == "static"
+        if self.calibration_samples < 1 and self.weights != "none" and calibrates:
             raise UserError(
                 f"quantization.calibration_samples={self.calibration_samples} leaves the input scales unset: "
                 "use 1 or more"

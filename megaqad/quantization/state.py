@@ -163,14 +163,14 @@ def round_to_export_dtype(chunks: Sequence[torch.nn.Module]) -> None:
 def calibrate(
     chunks: Sequence[torch.nn.Module], context: ParallelContext, run_forward: Callable[[], object] | None
 ) -> None:
-    """Run data through the unquantized model and keep each layer's largest absolute input, in BF16, or the percentile
-    of all that the recipe asks for; then choose the weight scales that are state.
+    """Run data through the unquantized model and keep the largest absolute input, in BF16, of each layer that needs it,
+    or the percentile of all that the recipe asks for; then choose the weight scales that are state.
 
     Leaves the model in mode ON with its weights quantized.
 
     Args:
-        run_forward: forwards the calibration batches through all pipeline stages of this rank; None when all scales are
-            dynamic or the weights' own, and there is nothing to find.
+        run_forward: forwards the calibration batches through all pipeline stages of this rank; None when nothing is to
+            be found in data (``Recipe.needs_data``).
 
     Collectives: those of ``run_forward``, then one all-reduce (maximum) over the tensor-parallel group, which under
     sequence parallelism and in row-parallel layers holds different inputs, and one over the data-parallel group.
@@ -179,15 +179,14 @@ def calibrate(
         UserError: a layer saw no input, only zeros, NaN or Inf; the message names it.
     """
     set_mode(chunks, QuantizerMode.CALIBRATE)
-    for _, amax in calibrated(chunks):
+    found = calibrated(chunks)
+    for _, amax in found:
         amax.zero_()
     layers = list(quantized_linears(chunks))
     for layer in layers:
         layer.input_counts = None
-    found = []
     if run_forward is not None:
         run_forward()
-        found = calibrated(chunks)
     reduced = _maximum([amax for _, amax in found], [context.tensor_group, context.data_group])
     for (what, buffer), amax in zip(found, reduced, strict=True):
         value = amax.item()
@@ -209,7 +208,7 @@ def calibrated(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, Tensor]]:
     inputs = [
         (f"input at {layer.site.hf_modules[0]}", layer.input_amax)
         for layer in quantized_linears(chunks)
-        if not layer.quantization.dynamic
+        if layer.quantization.calibrates_inputs
     ]
     caches = [cache for cache in quantized_caches(chunks) if cache.calibrates]
     return inputs + [(f"output at {name}", amax) for name, amax in _cache_buffers(caches)]
@@ -258,7 +257,7 @@ def weight_scales(chunks: Sequence[torch.nn.Module]) -> dict[str, tuple[Tensor, 
 
 
 def input_amaxes(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
-    """Calibrated input amax by Hugging Face module name, for the layers on this rank; 0 where scales are dynamic."""
+    """Calibrated input amax by Hugging Face module name, for the layers on this rank; 0 where none is."""
     return {name: layer.input_amax.item() for layer in quantized_linears(chunks) for name in layer.site.hf_modules}
 
 

@@ -39,5 +39,5 @@ def calibrated_student(context, folder, settings, tokens, dtype=torch.float32):
     def forward():
         return forward_hidden(chunks, list(torch.from_numpy(tokens).split(1)))
 
-    calibrate(chunks, context, forward if settings.needs_data else None)
+    calibrate(chunks, context, forward if recipe.needs_data else None)
     return chunks, description, recipe

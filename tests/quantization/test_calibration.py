@@ -1,0 +1,56 @@
+"""Calibration reads data exactly where a scale comes from them."""
+
+import pytest
+from torch.nn.modules.module import register_module_forward_hook
+
+from megaqad.commands.session import Session
+from megaqad.config import load_settings
+from megaqad.models.causal_lm import CausalLM
+from megaqad.quantization.state import cache_amaxes, input_amaxes
+from megaqad.runtime.parallel import shutdown_parallel
+from tests.distillation.runs import SMALL_RUN
+from tests.models.checkpoints import make_checkpoint
+
+WEIGHT_ONLY = "quantization=nvfp4_weight_only"
+ONE_LAYER_FP8 = "quantization.formats={model.layers.1.*:fp8}"
+RECIPES = {
+    "weights": ([WEIGHT_ONLY], 0, 0),
+    "weights-mse-learned": ([WEIGHT_ONLY, "quantization.calibration=mse", "quantization.weight_scales=learned"], 0, 0),
+    "weights-and-head": ([WEIGHT_ONLY, "quantization.exclude=[]"], 0, 0),
+    "weights-and-cast-cache": ([WEIGHT_ONLY, "quantization.kv_cache=fp8_cast"], 0, 8),
+    "weights-and-cache": ([WEIGHT_ONLY, "quantization.kv_cache=fp8"], 0, 8),
+    "one-layer-fp8": ([WEIGHT_ONLY, ONE_LAYER_FP8], 7, 0),
+    "w4a4": (["quantization=nvfp4"], 28, 0),
+    "dynamic": (["quantization=nvfp4", "quantization.activation_scales=dynamic"], 0, 0),
+    "mxfp8": (["quantization=mxfp8"], 0, 0),
+}
+"""Overrides, and of how many modules an input and of how many an output has a scale; of 4 layers of 7 modules."""
+READ_DATA = {"weights-and-cache", "one-layer-fp8", "w4a4"}
+
+
+def calibrated(rank: int, world_size: int, overrides: list[str]) -> tuple[int, int, int]:
+    """(forward passes of the model, inputs with an amax, outputs with one) of a calibration."""
+    session = Session.start(load_settings([*SMALL_RUN, *overrides]))
+    passes = []
+    hook = register_module_forward_hook(lambda module, _input, _output: passes.append(type(module)))
+    try:
+        student = session.calibrated_student()
+        inputs, outputs = input_amaxes(student), cache_amaxes(student)
+        return passes.count(CausalLM), sum(map(bool, inputs.values())), sum(map(bool, outputs.values()))
+    finally:
+        hook.remove()
+        shutdown_parallel()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_checkpoint("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_data_are_read_where_a_scale_comes_from_them(run_ranks, model, tmp_path, name):
+    overrides, inputs, outputs = RECIPES[name]
+    arguments = [f"model={model}", f"output_dir={tmp_path}", *overrides]
+    [(passes, found_inputs, found_outputs)] = run_ranks(1, calibrated, arguments)
+    assert passes == (4 if name in READ_DATA else 0)  # 8 sequences, 2 at a time
+    assert (found_inputs, found_outputs) == (inputs, outputs)
