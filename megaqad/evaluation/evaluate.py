@@ -5,6 +5,7 @@ FP32 (``losses.compare_heads``). Sums are kept in FP64. The numbers are means ov
 whatever the layout.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from megaqad.data import Batch, TokenDataset
 from megaqad.distillation.forward import flatten_tokens, forward_hidden
+from megaqad.errors import UserError
 from megaqad.losses import compare_heads
 from megaqad.models.causal_lm import CausalLM
 from megaqad.runtime.parallel import ParallelContext
@@ -76,6 +78,9 @@ class Evaluator:
 
         Collectives: a forward pass of the student and, the first time, of the teacher, those of ``compare_heads``, one
         sum over data-parallel ranks, one broadcast from the last stage.
+
+        Raises:
+            UserError: the teacher's cross entropy is NaN or Inf, on every rank.
         """
         sums = torch.zeros(5, dtype=torch.float64, device=self._context.device)
         for first in range(0, len(self._batches), BATCHES_AT_ONCE):
@@ -92,6 +97,11 @@ class Evaluator:
         if self._context.sizes.pipeline > 1:
             dist.broadcast(sums, self._context.last_stage_rank, group=self._context.pipeline_group)
         kl, student_ce, teacher_ce, agreement, tokens_seen = sums.tolist()
+        if not math.isfinite(teacher_ce):
+            raise UserError(
+                f"the teacher's cross entropy over held-out tokens is {teacher_ce}: look at its checkpoint, whose "
+                "weights are not finite or give logits that are not"
+            )
         return Evaluation(
             kl_to_teacher=kl / tokens_seen,
             cross_entropy=student_ce / tokens_seen,

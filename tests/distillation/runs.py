@@ -1,6 +1,7 @@
 """Whole training runs inside the test ranks, by the same classes that the commands use."""
 
 import hashlib
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from megaqad.commands.students import ready_to_ship, train_student
 from megaqad.config import check_settings, load_settings
 from megaqad.distillation.step import DistillationStep, Objective
 from megaqad.distillation.teachers import Teacher
+from megaqad.errors import UserError
 from megaqad.models.causal_lm import CausalLM
 from megaqad.runtime.parallel import shutdown_parallel
 from megaqad.training.logs import read_metrics
@@ -38,6 +40,17 @@ def qad_step(session: Session, student: list[CausalLM], teacher: Teacher, **opti
     return DistillationStep(
         wrapped, optimizer, scheduler, session.context, objective=Objective.QAD, teacher=teacher, **options
     )
+
+
+def run_command(rank: int, world_size: int, name: str, overrides: list[str]) -> str | None:
+    """One command on these ranks; its refusal, None when it ends well."""
+    try:
+        vars(importlib.import_module(f"megaqad.commands.{name}"))[name](load_settings(overrides))
+    except UserError as error:
+        return str(error)
+    finally:
+        shutdown_parallel()
+    return None
 
 
 def train_curve(rank: int, world_size: int, overrides: list[str]) -> list[dict[str, Any]]:

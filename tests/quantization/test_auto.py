@@ -11,7 +11,7 @@ from megaqad.config import load_settings
 from megaqad.errors import UserError
 from megaqad.quantization.choice import read_choice, write_choice
 from megaqad.quantization.settings import QuantizationSettings
-from megaqad.runtime.parallel import shutdown_parallel
+from tests.distillation.runs import run_command
 from tests.models.checkpoints import make_checkpoint
 
 SENSITIVE, ANOTHER = "model.layers.2.mlp", "model.layers.1.mlp"
@@ -34,24 +34,11 @@ def model(tmp_path_factory):
     return folder
 
 
-def command(rank, world_size, name, overrides):
-    """One command on these ranks; its refusal, None when it ends well."""
-    import importlib
-
-    try:
-        vars(importlib.import_module(f"megaqad.commands.{name}"))[name](load_settings(overrides))
-    except UserError as error:
-        return str(error)
-    finally:
-        shutdown_parallel()
-    return None
-
-
 @pytest.fixture
 def run(run_ranks, model, tmp_path):
     def on_ranks(name, *overrides, ranks=1, folder="run"):
         settings = [f"model={model}", f"output_dir={tmp_path / folder}", *SETTINGS, *overrides]
-        (refusal,) = set(run_ranks(ranks, command, name, settings))
+        (refusal,) = set(run_ranks(ranks, run_command, name, settings))
         return refusal
 
     return on_ranks

@@ -1,6 +1,7 @@
 """Calibration reads data exactly where a scale comes from them."""
 
 import pytest
+from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_hook
 
 from megaqad.commands.session import Session
@@ -8,7 +9,7 @@ from megaqad.config import load_settings
 from megaqad.models.causal_lm import CausalLM
 from megaqad.quantization.state import cache_amaxes, input_amaxes
 from megaqad.runtime.parallel import shutdown_parallel
-from tests.distillation.runs import SMALL_RUN
+from tests.distillation.runs import SMALL_RUN, run_command
 from tests.models.checkpoints import make_checkpoint
 
 WEIGHT_ONLY = "quantization=nvfp4_weight_only"
@@ -54,3 +55,14 @@ def test_data_are_read_where_a_scale_comes_from_them(run_ranks, model, tmp_path,
     [(passes, found_inputs, found_outputs)] = run_ranks(1, calibrated, arguments)
     assert passes == (4 if name in READ_DATA else 0)  # 8 sequences, 2 at a time
     assert (found_inputs, found_outputs) == (inputs, outputs)
+
+
+def test_a_checkpoint_with_nan_is_refused_without_calibration_data(run_ranks, tmp_path):
+    folder = make_checkpoint("llama", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    arguments = [*SMALL_RUN, f"model={folder}", f"output_dir={tmp_path / 'run'}", WEIGHT_ONLY]
+    (refusal,) = set(run_ranks(2, run_command, "quantize", [*arguments, "parallel.pipeline=2"]))
+    assert refusal is not None
+    assert "the teacher's cross entropy over held-out tokens is nan" in refusal
