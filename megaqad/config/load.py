@@ -19,7 +19,7 @@ from megaqad.config.settings import Settings
 from megaqad.errors import UserError
 from megaqad.models.description import describe_model
 from megaqad.quantization.modelopt_recipe import is_modelopt_recipe, translate
-from megaqad.quantization.recipe_file import is_own_recipe, read_recipe_file
+from megaqad.quantization.recipe_file import own_recipe
 from megaqad.quantization.settings import suggestion
 
 PATH_SETTINGS = ("model", "output_dir", "tokens", "student", "distill.teacher", "distill.cache")
@@ -67,9 +67,10 @@ def load_settings(overrides: Sequence[str]) -> Settings:
 def _with_recipe_file(override: str) -> str:
     """``quantization=<file>`` by the name under which Hydra then knows the file; other overrides as they are."""
     key, _, value = override.partition("=")
-    if key != "quantization" or not is_own_recipe(value):
+    recipe = own_recipe(value) if key == "quantization" else None
+    if recipe is None:
         return override
-    ConfigStore.instance().store(group="quantization", name=RECIPE_FILE, node=read_recipe_file(value))
+    ConfigStore.instance().store(group="quantization", name=RECIPE_FILE, node=recipe)
     return f"quantization={RECIPE_FILE}"
 
 

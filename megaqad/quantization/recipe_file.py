@@ -19,20 +19,17 @@ NOT_OF_A_RECIPE = ("auto", "backend")
 """Settings that are not written: what chose the recipe, and the hardware that it ran on."""
 
 
-def is_own_recipe(name: str) -> bool:
-    """Whether ``quantization=<name>`` is a file with this project's keys."""
-    if not name.endswith((".yaml", ".yml")) or not Path(name).is_file():
-        return False
-    return not any(key in OF_MODELOPT for key in _content(name))
-
-
-def read_recipe_file(name: str) -> dict[str, Any]:
-    """The settings in the file.
+def own_recipe(name: str) -> dict[str, Any] | None:
+    """The settings in the file that ``quantization=<name>`` is; None when it is none with this project's keys.
 
     Raises:
         UserError: not a YAML mapping, or a key that is no setting.
     """
+    if not name.endswith((".yaml", ".yml")) or not Path(name).is_file():
+        return None
     content, known = _content(name), [field.name for field in fields(QuantizationSettings)]
+    if any(key in OF_MODELOPT for key in content):
+        return None
     for key in content:
         if key not in known:
             raise UserError(f"quantization={name} has {key}, which is no setting of a recipe: {suggestion(key, known)}")
