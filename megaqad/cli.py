@@ -1,7 +1,7 @@
 """The command line: ``megaqad <command> key=value ...``.
 
-Checks the settings first, in milliseconds and before any rank exists; starts this machine's ranks when the command
-needs several and no launcher has; then runs the command on this rank. Exit codes: 0 done; 2 a mistake of the user's,
+Checks the settings first, then the data, before any rank exists; starts this machine's ranks when the command needs
+several and no launcher has; then runs the command on this rank. Exit codes: 0 done; 2 a mistake of the user's,
 one line on standard error; 3 stopped early with everything saved; anything else is a defect.
 """
 
@@ -125,16 +125,20 @@ def _run(name: str, overrides: list[str]) -> int:
         launch.end_with_launcher()
         signals.listen()
     settings = config.load_settings([*command.presets, *overrides])
-    config.check_settings(name, settings)
+    description = config.check_settings(name, settings)
     if command.writes_run:
         identity.check_output_dir(name, settings)
     if command.reads_student:
         identity.check_student(settings)
-    if not launch.is_rank() and settings.local_ranks > 1:
-        return launch.run_ranks_here([name, *overrides], settings.local_ranks)
-    if not launch.is_rank():
-        signals.listen()
     _quiet_imports()
+    if not launch.is_rank():
+        with signals.raised():
+            config.check_data(name, settings, description, read_text=True)
+        if settings.local_ranks > 1:
+            return launch.run_ranks_here([name, *overrides], settings.local_ranks)
+        signals.listen()
+    elif not launch.has_launcher():  # ours has checked them
+        config.check_data(name, settings, description, read_text=False)
     _function(name)(settings)
     return 0
 

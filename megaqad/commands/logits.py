@@ -1,7 +1,5 @@
 """``megaqad logits``: token ids in, FP32 logits out, in any layout; the tool for comparing with other programs."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -10,20 +8,15 @@ from torch import Tensor
 from megaqad.commands.session import Session
 from megaqad.commands.students import load_student
 from megaqad.config import Settings
+from megaqad.data import read_token_file
 from megaqad.distillation.forward import forward_hidden
-from megaqad.errors import UserError
 from megaqad.models.causal_lm import CausalLM
 
 
 def logits(settings: Settings) -> None:
     """Every rank's part of the command: write ``output_dir/logits.npy``, float32 [b, s, V]."""
     session = Session.start(settings)
-    tokens = read_tokens(settings.tokens, session.description.vocab_size)
-    if session.context.sizes.sequence and tokens.shape[1] % session.context.sizes.tensor:
-        raise UserError(
-            f"tokens are {tokens.shape[1]} long, which does not divide by parallel.tensor="
-            f"{session.context.sizes.tensor}: set parallel.sequence=false"
-        )
+    tokens = read_token_file(settings.tokens, session.description.vocab_size)
     student = load_student(session)
     values = gathered_logits(session, student, tokens)
     if session.context.is_main:
@@ -31,31 +24,6 @@ def logits(settings: Settings) -> None:
         assert values is not None
         np.save(settings.run_dir / "logits.npy", values.numpy())
     session.terminal.say(f"wrote {settings.run_dir / 'logits.npy'}")
-
-
-def read_tokens(path: str | None, vocab_size: int) -> Tensor:
-    """int64 [b, s] from a .npy file.
-
-    Raises:
-        UserError: no file, not integers, not two-dimensional, or ids outside the vocabulary.
-    """
-    if path is None:
-        raise UserError("tokens is not set: give tokens=<file.npy> with int64 token ids [b, s]")
-    if not Path(path).is_file():
-        raise UserError(f"tokens={path} does not exist: give a .npy file with int64 token ids [b, s]")
-    try:
-        array = np.load(path, allow_pickle=False)
-    except ValueError as error:
-        raise UserError(
-            f"tokens={path} is no .npy file of numbers ({error}): save int64 ids with numpy.save"
-        ) from error
-    if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or array.size == 0:
-        raise UserError(f"tokens={path} has shape {array.shape} and dtype {array.dtype}: give int64 ids [b, s]")
-    if array.min() < 0 or array.max() >= vocab_size:
-        raise UserError(
-            f"tokens={path} holds ids from {array.min()} to {array.max()}: the vocabulary has 0 to {vocab_size - 1}"
-        )
-    return torch.from_numpy(array.astype(np.int64))
 
 
 @torch.no_grad()

@@ -3,10 +3,11 @@
 import torch
 import torch.distributed as dist
 
-from megaqad.commands.logits import gathered_logits, read_tokens
+from megaqad.commands.logits import gathered_logits
 from megaqad.commands.session import Session
 from megaqad.commands.students import load_student
 from megaqad.config import Settings
+from megaqad.data import read_token_file
 from megaqad.errors import UserError
 from megaqad.export.reference import student_reference
 from megaqad.export.verify import Verification
@@ -32,7 +33,8 @@ def compare_export(session: Session, student: list[CausalLM]) -> Verification | 
         UserError: the export is damaged or computes something else; on every rank.
     """
     settings = session.settings
-    tokens = read_tokens(settings.tokens, session.description.vocab_size) if settings.tokens else _some_tokens(session)
+    given = settings.tokens
+    tokens = read_token_file(given, session.description.vocab_size) if given else _some_tokens(session)
     reference = student_reference(
         student,
         session.description,

@@ -4,9 +4,17 @@
 cannot work, ``help.py`` prints them.
 """
 
-from megaqad.config.checks import check_settings
+from megaqad.config.checks import check_data, check_settings
 from megaqad.config.help import settings_help
 from megaqad.config.load import load_settings
 from megaqad.config.settings import CheckpointSettings, Settings, TrainSettings
 
-__all__ = ["CheckpointSettings", "Settings", "TrainSettings", "check_settings", "load_settings", "settings_help"]
+__all__ = [
+    "CheckpointSettings",
+    "Settings",
+    "TrainSettings",
+    "check_data",
+    "check_settings",
+    "load_settings",
+    "settings_help",
+]

@@ -1,4 +1,4 @@
-"""Every check of the settings that needs no rank and no weight, made before a rank is started.
+"""Every check of the settings and of the data that needs no rank and no weight, made before a rank is started.
 
 A refusal is one line that names the value, the limit and the way out.
 """
@@ -7,6 +7,8 @@ import os
 from dataclasses import asdict
 
 from megaqad.config.settings import Settings
+from megaqad.data import build_datasets, read_token_file
+from megaqad.data.sources import split_files
 from megaqad.distill_settings import TEACHERS, check_self_teacher, check_teacher
 from megaqad.errors import UserError
 from megaqad.models.checks import check_checkpoint, check_layout, check_sequence_length
@@ -19,7 +21,8 @@ from megaqad.runtime.duration import seconds_of
 DTYPES = ("bfloat16", "float32")
 EXPORT_FORMATS = ("modelopt",)
 COMMANDS_THAT_DISTILL = ("demo", "recover", "distill")
-COMMANDS_WITH_DATA = ("demo", "recover", "quantize", "distill", "evaluate", "pretrain")
+COMMANDS_WITH_DATA = ("demo", "recover", "quantize", "distill", "evaluate", "pretrain", "bench step")
+COMMANDS_WITH_TOKENS = ("demo", "recover", "verify", "logits")
 WANDB_MODES = ("offline", "online", "disabled")
 
 
@@ -64,6 +67,33 @@ def check_settings(command: str, settings: Settings) -> ModelDescription:
     if command in COMMANDS_THAT_DISTILL:
         check_self_teacher(settings.distill, description, settings.train.trainable)
     return description
+
+
+def check_data(command: str, settings: Settings, description: ModelDescription, *, read_text: bool) -> None:
+    """Refuse data that cannot be used, as ``check_settings`` does settings; apart, because this takes time.
+
+    Args:
+        read_text: read the text as the ranks will, and leave them its tokens in the cache. For the process that starts
+            them: under torchrun and srun every rank would, so there one does while the others wait (``Session``), and
+            here only the files are looked for.
+
+    Raises:
+        UserError: the first thing that is wrong with the data, or with the file of ``tokens``.
+    """
+    if command == "logits" or (command in COMMANDS_WITH_TOKENS and settings.tokens is not None):
+        tokens, tensor = read_token_file(settings.tokens, description.vocab_size), settings.parallel.tensor
+        if settings.parallel.sequence and tokens.shape[1] % tensor:
+            raise UserError(
+                f"tokens={settings.tokens} are {tokens.shape[1]} long, which does not divide by parallel.tensor="
+                f"{tensor}: set parallel.sequence=false"
+            )
+    if command not in COMMANDS_WITH_DATA:
+        return
+    if read_text:
+        length = settings.train.sequence_length
+        build_datasets(settings.data, model_dir=settings.model_dir, sequence_length=length, seed=settings.seed)
+    else:
+        split_files(settings.data)
 
 
 def _check_values(settings: Settings) -> None:

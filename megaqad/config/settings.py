@@ -162,7 +162,7 @@ class Settings:
     output_dir: str = ""
     """Where the run writes everything."""
     tokens: str | None = None
-    """``logits`` only: a .npy file of int64 token ids [b, s]."""
+    """A .npy file of int64 token ids [b, s], for ``logits``; ``verify`` compares on them where they are given."""
     student: str = "auto"
     """Which student ``evaluate``, ``export``, ``verify`` and ``logits`` load: ``auto`` (the newest checkpoint, else
     ``ptq``), ``ptq``, or a checkpoint directory."""

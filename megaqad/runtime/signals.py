@@ -91,6 +91,22 @@ def stop_reason() -> str:
 
 
 @contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """Raise the first stop request inside the block; after it signals do what they did before. For work of a process
+    that does not ``listen``, because it starts others that do.
+
+    Raises:
+        StoppedEarly: a request came.
+    """
+    before = {number: signal.signal(number, _on_signal) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """Only note stop requests inside the block, which looks at ``stop_number`` itself; raise them at its end.
 

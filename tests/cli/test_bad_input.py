@@ -1,14 +1,16 @@
 """What a user can get wrong: one line that names the value and the way out, exit code 2, nothing written."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megaqad.cli import main
+from megaqad.runtime import launch
 from tests.models.checkpoints import make_checkpoint
 
 TRAIN = ["data=random", "train.global_batch_size=4", "train.sequence_length=32"]
@@ -197,18 +199,63 @@ def test_a_student_is_not_read_under_another_recipe(capsys, model, tmp_path, com
     assert "quantization.activations=none, this one has nvfp4" in line
 
 
+@pytest.fixture
+def no_ranks(monkeypatch):
+    """Fails the test when the command starts ranks."""
+    monkeypatch.setattr(launch, "run_ranks_here", lambda *_: pytest.fail("ranks were started"))
+
+
+@pytest.mark.parametrize("command", ["recover", "quantize", "distill", "evaluate", "pretrain", "bench step"])
 @pytest.mark.parametrize(
     ("content", "said"), [(b"", "no text"), (b"caf\xe9 " * 100, "UTF-8"), (b"a text too short", "held-out data")]
 )
-def test_bad_text_is_refused_on_several_ranks(tmp_path, content, said):
+@pytest.mark.usefixtures("no_ranks")
+def test_bad_text_is_refused_before_ranks_are_started(capsys, tmp_path, command, content, said):
     text = tmp_path / "text.txt"
     text.write_bytes(content)
     output = tmp_path / "run"
-    command = ["distill", "model=bundled", f"output_dir={output}", f"data={text}", "parallel.tensor=2", *TRAIN[1:]]
+    sizes = [*TRAIN[1:], "train.micro_batch_size=2", "parallel.data=1", "parallel.tensor=2"]
+    arguments = ["model=bundled", f"output_dir={output}", f"data={text}", *sizes]
+    assert said in refusal(capsys, [*command.split(), *arguments])
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "overrides", "said"),
+    [
+        (None, [], "tokens is not set"),
+        ("missing", [], "does not exist"),
+        (b"no array", [], "is no .npy file of numbers"),
+        (np.zeros((2, 4)), [], "dtype float64"),
+        (np.full((2, 4), 515), [], "holds ids from 515 to 515: the vocabulary has 0 to 514"),
+        (np.zeros((2, 5), dtype=np.int64), ["parallel.sequence=true"], "5 long, which does not divide"),
+    ],
+)
+@pytest.mark.usefixtures("no_ranks")
+def test_bad_tokens_are_refused_before_ranks_are_started(capsys, model, tmp_path, tokens, overrides, said):
+    path = tmp_path / "tokens.npy"
+    if isinstance(tokens, bytes):
+        path.write_bytes(tokens)
+    elif isinstance(tokens, np.ndarray):
+        np.save(path, tokens)
+    given = [f"tokens={path}"] if tokens is not None else []
+    arguments = [f"model={model}", f"output_dir={tmp_path / 'run'}", "parallel.tensor=2", *given, *overrides]
+    assert said in refusal(capsys, ["logits", *arguments])
+
+
+def test_a_missing_text_is_refused_before_ranks_join(model, tmp_path):
+    """As under torchrun or srun: the other rank and the rendezvous are not there, so joining would fail or hang."""
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    command = ["distill", f"model={model}", f"output_dir={tmp_path / 'run'}", "data=/no/text", *TRAIN[1:]]
     ran = subprocess.run(
-        [sys.executable, "-m", "megaqad", *command], check=False, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "megaqad", *command],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | variables,
     )
     assert ran.returncode == 2, ran.stderr
-    assert len(ran.stderr.strip().splitlines()) == 1, ran.stderr
-    assert said in ran.stderr
-    assert not Path(output).exists()
+    [line] = ran.stderr.strip().splitlines()
+    assert "no file matches /no/text" in line
+    assert not (tmp_path / "run").exists()

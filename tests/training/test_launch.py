@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megaqad.runtime import launch
+from megaqad.runtime import launch, signals
 from megaqad.runtime.launch import Note, _explain
 
 KILL, TERM = -signal.SIGKILL, -signal.SIGTERM
@@ -153,3 +153,25 @@ def test_ranks_end_with_a_killed_launcher(started):
     while any(map(alive, ranks)):
         assert time.monotonic() < deadline, "orphans"
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", signals.STOP_SIGNALS)
+def test_a_launcher_is_stopped_before_it_starts_ranks(number):
+    """While it reads the data; afterwards signals are the ranks' again."""
+    code = (
+        "import os, signal, sys\n"
+        "from megaqad.errors import StoppedEarly\n"
+        "from megaqad.runtime import signals\n"
+        "number = int(sys.argv[1])\n"
+        "before = signal.getsignal(number)\n"
+        "try:\n"
+        "    with signals.raised():\n"
+        "        os.kill(os.getpid(), number)\n"
+        "        print('went on')\n"
+        "except StoppedEarly as stop:\n"
+        "    print(stop, signal.getsignal(number) is before)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(int(number))], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert ran.stdout == f"stopped by {number.name}: run the same command to go on True\n"
