@@ -15,13 +15,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 BUILT_BY_NVIDIA = {
     *("apex", "flash-attn", "torch", "torchvision", "triton"),
     *("transformer-engine", "transformer-engine-torch"),
 }
 DIVIDER = "# from constraints.txt"
-NEEDED = {"torch": (2, 9), "transformer-engine": (2, 12), "apex": (0,)}
-"""What the image is taken for, with the oldest version that will do."""
+NEEDED = ("torch", "transformer-engine", "apex")
+"""What the image is taken for. Which versions will do is said once, by megaqad's own requirements, extras included."""
 
 
 def normalized(name: str) -> str:
@@ -47,25 +49,26 @@ def merged(constraints: Sequence[str], versions: Mapping[str, str]) -> list[str]
     return [*theirs, DIVIDER, *(line for line in ours if normalized(line.partition("==")[0]) not in own)]
 
 
-def problems(before: Sequence[str], versions: Mapping[str, str]) -> list[str]:
-    """What is wrong with the image after the installation; empty when nothing is."""
+def problems(before: Sequence[str], versions: Mapping[str, str], requirements: Sequence[str]) -> list[str]:
+    """What is wrong with the image after the installation; empty when nothing is.
+
+    Args:
+        before: the constraints that pip was given.
+        versions: of what is installed.
+        requirements: megaqad's, as in its metadata.
+    """
     found = []
     for line in itertools.takewhile(lambda line: line != DIVIDER, before):
         name, _, version = line.partition("==")
         if versions.get(name) != version:
             found.append(f"{name} {version} was replaced by {versions.get(name, 'nothing')}")
-    for name, oldest in NEEDED.items():
+    wanted = {normalized(one.name): one.specifier for one in map(Requirement, requirements)}
+    for name in NEEDED:
         if name not in versions:
             found.append(f"{name} is missing")
-        elif numbers(versions[name]) < oldest:
-            found.append(f"{name} {versions[name]} is older than {'.'.join(map(str, oldest))}")
+        elif name in wanted and not wanted[name].contains(versions[name], prereleases=True):
+            found.append(f"{name} {versions[name]} is not {wanted[name]}: build on another BASE")
     return found
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: 2.12.0a0+nv gives (2, 12, 0)."""
-    leading = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in leading.group().split(".")) if leading else ()
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -76,7 +79,9 @@ def main(arguments: Sequence[str]) -> int:
         print("\n".join(merged(lines, installed())))
         return 0
     assert action == "check", action
-    found = problems(lines, installed())
+    requirements = importlib.metadata.requires("megaqad")
+    assert requirements is not None, "megaqad was installed without its metadata"
+    found = problems(lines, installed(), requirements)
     for problem in found:
         print(problem, file=sys.stderr)
     return 1 if found else 0

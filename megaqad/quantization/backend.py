@@ -9,7 +9,8 @@ from megaqad.quantization.settings import QuantizationSettings
 LEAST_CAPABILITY = (10, 0)
 """Of the GPU: Blackwell, the first with NVFP4."""
 LEAST_VERSION = (2, 15)
-"""Of Transformer Engine: the first whose NVFP4 recipe says what backward multiplies with (``backward_override``)."""
+"""Of Transformer Engine: the first whose NVFP4 recipe says what backward multiplies with (``backward_override``).
+The ``cuda`` extra of pyproject.toml, which the container's build is checked with too, asks for the same."""
 
 
 def check_backend(settings: QuantizationSettings, dtype: str) -> None:

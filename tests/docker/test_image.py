@@ -1,9 +1,12 @@
 """What NVIDIA built stays, everything else follows constraints.txt. No Docker is needed to know that."""
 
 import importlib.util
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from megaqad.quantization.backend import LEAST_VERSION
 
 REPOSITORY = Path(__file__).parents[2]
 _spec = importlib.util.spec_from_file_location("image", REPOSITORY / "docker" / "image.py")
@@ -14,11 +17,14 @@ _spec.loader.exec_module(image)
 
 IMAGE = {
     "torch": "2.12.0a0+5aff3928d8.nv26.05",
-    "transformer-engine": "2.14.0+abc1234",
+    "transformer-engine": "2.15.0+abc1234",
     "apex": "0.1",
     "torchdata": "0.12.0+cpu",
     "transformers": "4.57.0",
 }
+
+
+REQUIREMENTS = ["torch>=2.9", "numpy>=2", 'transformer-engine[pytorch]>=2.15; extra == "cuda"']
 
 
 def constraints() -> list[str]:
@@ -48,16 +54,24 @@ def test_names_are_compared_as_the_index_does() -> None:
 )
 def test_replaced_build_is_named(after: dict[str, str | None], problem: str) -> None:
     before = image.merged(constraints(), IMAGE)
-    assert image.problems(before, IMAGE) == []
+    assert image.problems(before, IMAGE, REQUIREMENTS) == []
     versions = {name: version for name, version in (IMAGE | after).items() if version is not None}
-    assert problem in image.problems(before, versions)
+    assert problem in image.problems(before, versions, REQUIREMENTS)
 
 
 def test_image_that_lacks_what_it_is_for_is_refused() -> None:
     without_apex = {name: version for name, version in IMAGE.items() if name != "apex"}
-    assert image.problems([], without_apex) == ["apex is missing"]
-    old = IMAGE | {"transformer-engine": "2.9.0+abc"}
-    assert image.problems([], old) == ["transformer-engine 2.9.0+abc is older than 2.12"]
+    assert image.problems([], without_apex, REQUIREMENTS) == ["apex is missing"]
+    old = IMAGE | {"transformer-engine": "2.14.1+abc"}
+    said = "transformer-engine 2.14.1+abc is not >=2.15: build on another BASE"
+    assert image.problems([], old, REQUIREMENTS) == [said]
+
+
+def test_transformer_engine_is_asked_for_as_its_backend_needs_it() -> None:
+    """The image's check reads megaqad's metadata, which the build makes of pyproject.toml."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    [extra] = project["optional-dependencies"]["cuda"]
+    assert extra == f"transformer-engine[pytorch]>={'.'.join(map(str, LEAST_VERSION))}"
 
 
 def test_images_are_given_what_they_copy() -> None:
