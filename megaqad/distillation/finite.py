@@ -1,5 +1,7 @@
 """Is every loss and every gradient of a step a number? If not: on which rank, in which microbatch?
 
+A teacher whose logits are none is looked for first (``teacher_fault``): no step can mend that, so the run ends there.
+
 A NaN in one weight's gradient is in every weight after one update, so it has to be seen before the optimizer steps.
 Three looks, each where it is cheap:
 
@@ -20,6 +22,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
+from megaqad.distillation.teachers import Teacher
 from megaqad.runtime.parallel import ParallelContext
 
 LARGEST_NORM = 1e18
@@ -118,6 +121,79 @@ class FiniteWatch:
             if sums:
                 bad |= set((~torch.stack(sums).isfinite()).nonzero().flatten().tolist())
         return sorted(bad)
+
+
+@dataclass(frozen=True)
+class TeacherFault:
+    """Where a rank of the last stage found that the teacher's logits would not be numbers."""
+
+    rank: int
+    data_rank: int
+    sequence: tuple[int, int] | None
+    """(microbatch, sequence in it), the first with such a token; None when it is this rank's part of the head."""
+    tokens: tuple[int, int] = (0, 0)
+    """First and last such token that this rank holds, counted from the start of the sequence."""
+
+
+@torch.no_grad()
+def teacher_fault(
+    teacher: Teacher, hidden: Sequence[Tensor], token_weights: Sequence[Tensor], context: ParallelContext
+) -> TeacherFault | None:
+    """This rank's first fault among the tokens that count. No collectives.
+
+    A logit is finite exactly when its hidden state and the head are, short of an overflow, which shows in the loss.
+
+    Args:
+        hidden: [s(/tp), b, h] of every microbatch on the last stage, empty elsewhere.
+        token_weights: [b, s] of every microbatch; 0 leaves a token out.
+    """
+    if not hidden:
+        return None
+    bad = [
+        _sequence_slice(weights, context).ne(0) & ~states.sum(-1, dtype=torch.float32).isfinite()
+        for weights, states in zip(token_weights, hidden, strict=True)
+    ]  # [s(/tp), b] each
+    head = teacher.head_weight().sum(dtype=torch.float32).isfinite()
+    if bool(head & ~torch.stack([found.any() for found in bad]).any()):
+        return None
+    if not head:
+        return TeacherFault(context.rank, context.data_rank, None)
+    index, found = next((index, found) for index, found in enumerate(bad) if found.any())
+    sequence = int(found.any(0).nonzero()[0])
+    first = context.tensor_rank * found.shape[0] if context.sizes.sequence else 0
+    positions = found[:, sequence].nonzero().flatten() + first
+    return TeacherFault(context.rank, context.data_rank, (index, sequence), (int(positions[0]), int(positions[-1])))
+
+
+def _sequence_slice(token_weights: Tensor, context: ParallelContext) -> Tensor:
+    """[b, s] -> [s(/tp), b], this rank's tokens."""
+    by_position = token_weights.transpose(0, 1)
+    if not context.sizes.sequence:
+        return by_position
+    return by_position.chunk(context.sizes.tensor)[context.tensor_rank]
+
+
+def explain_teacher(faults: Sequence[TeacherFault], step: int) -> str:
+    """The line for the user: the fault of the lowest rank, over all tokens of its sequence.
+
+    Under sequence parallelism the ranks of one replica hold parts of a sequence, so the first sequence with a fault,
+    and the range of its tokens, are those of all of them.
+
+    Args:
+        faults: of all ranks that have one, in rank order.
+        step: counted from 1.
+    """
+    lowest = faults[0]
+    if lowest.sequence is None:
+        where = f"of step {step}, rank {lowest.rank}"
+        return f"the teacher's output head is not finite at the start {where}: look at the teacher's checkpoint"
+    place = min(one.sequence for one in faults if one.data_rank == lowest.data_rank and one.sequence is not None)
+    there = [one for one in faults if (one.data_rank, one.sequence) == (lowest.data_rank, place)]
+    first, last = min(one.tokens[0] for one in there), max(one.tokens[1] for one in there)
+    return (
+        f"the teacher's logits are not finite: microbatch {place[0]} of step {step}, rank {there[0].rank}, sequence "
+        f"{place[1]}, tokens {first} to {last}: look at the teacher's checkpoint and at these data"
+    )
 
 
 def _adder(sums: list[Tensor]) -> Callable[[Tensor | None], None]:

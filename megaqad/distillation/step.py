@@ -23,15 +23,16 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megaqad.distillation.finite import Fault, FiniteWatch
+from megaqad.distillation.finite import Fault, FiniteWatch, explain_teacher, teacher_fault
 from megaqad.distillation.forward import flatten_tokens
 from megaqad.distillation.hidden import HiddenLoss
 from megaqad.distillation.teachers import Teacher
+from megaqad.errors import UserError
 from megaqad.losses import CrossEntropy, ForwardKL, linear_divergence
 from megaqad.losses import Objective as Divergence
 from megaqad.models.causal_lm import CausalLM
 from megaqad.quantization.state import refresh_weights
-from megaqad.runtime.agree import raise_together
+from megaqad.runtime.agree import gather_problems
 from megaqad.runtime.parallel import ParallelContext
 
 
@@ -135,44 +136,13 @@ class DistillationStep:
             return list(micro_batches)
         with self.hidden.captured() if self.hidden is not None else nullcontext():
             hidden = self.teacher.last_hidden([batch.tokens for batch in micro_batches])
-        raise_together(self._teacher_problem(micro_batches, hidden))
+        weights = [batch.token_weights for batch in micro_batches]
+        faults = gather_problems(teacher_fault(self.teacher, hidden, weights, self.context))
+        if faults:
+            raise UserError(explain_teacher(faults, step=self.scheduler.num_steps + 1))
         if not self.context.is_last_stage:
             return list(micro_batches)
         return [replace(batch, teacher_hidden=kept) for batch, kept in zip(micro_batches, hidden, strict=True)]
-
-    def _teacher_problem(self, micro_batches: Sequence[MicroBatch], hidden: Sequence[Tensor]) -> str | None:
-        """Where the teacher's logits would not be numbers, of the tokens that count; None when they all are.
-
-        A logit is finite exactly when its hidden state and the head are, short of an overflow, which shows in the loss.
-        """
-        assert self.teacher is not None
-        if not hidden:
-            return None
-        found = [
-            self._sequence_slice(batch.token_weights).ne(0) & ~states.sum(-1, dtype=torch.float32).isfinite()
-            for batch, states in zip(micro_batches, hidden, strict=True)
-        ]  # [s(/tp), b] each
-        head = self.teacher.head_weight().sum(dtype=torch.float32).isfinite()
-        if bool(head & ~torch.stack([bad.any() for bad in found]).any()):
-            return None
-        where = f"of step {self.scheduler.num_steps + 1}, rank {self.context.rank}"
-        if not head:
-            return f"the teacher's output head is not finite at the start {where}: look at the teacher's checkpoint"
-        index, bad = next((index, bad) for index, bad in enumerate(found) if bad.any())
-        first = self.context.tensor_rank * bad.shape[0] if self.context.sizes.sequence else 0
-        sequence = int(bad.any(0).nonzero()[0])
-        positions = bad[:, sequence].nonzero().flatten() + first
-        return (
-            f"the teacher's logits are not finite: microbatch {index} {where}, sequence {sequence}, tokens "
-            f"{int(positions[0])} to {int(positions[-1])}: look at the teacher's checkpoint and at these data"
-        )
-
-    def _sequence_slice(self, token_weights: Tensor) -> Tensor:
-        """[b, s] -> [s(/tp), b], this rank's tokens."""
-        by_position = token_weights.transpose(0, 1)
-        if not self.context.sizes.sequence:
-            return by_position
-        return by_position.chunk(self.context.sizes.tensor)[self.context.tensor_rank]
 
     def _forward_backward(self, micro_batches: list[MicroBatch]) -> list[dict[str, Tensor]]:
         iterators = [iter(micro_batches) for _ in self.student]

@@ -28,19 +28,27 @@ def any_rank(condition: bool) -> bool:
     return bool(flag.item())
 
 
-def raise_together(problem: str | None) -> None:
-    """Raise on all ranks when any has a problem; the lowest such rank's is shown.
+def gather_problems(problem: Result | None) -> list[Result]:
+    """The problems of all ranks that have one, in rank order, on every rank.
 
-    Collective: one all-reduce, and when there is a problem one gather of strings.
+    Collective: one all-reduce, and when there is a problem one gather of objects.
+    """
+    if not any_rank(problem is not None):
+        return []
+    problems: list[Result | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return [found for found in problems if found is not None]
+
+
+def raise_together(problem: str | None) -> None:
+    """Raise on all ranks when any has a problem; the lowest such rank's is shown. Collectives: ``gather_problems``.
 
     Raises:
         UserError: on every rank, with the same message.
     """
-    if not any_rank(problem is not None):
-        return
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    raise UserError(next(text for text in problems if text is not None))
+    problems = gather_problems(problem)
+    if problems:
+        raise UserError(problems[0])
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import torch
 
 from megaqad.commands.session import Session
 from megaqad.config import load_settings
+from megaqad.distillation.finite import TeacherFault, explain_teacher
 from megaqad.distillation.step import MicroBatch
 from megaqad.distillation.teachers import LiveTeacher
 from megaqad.errors import UserError
@@ -15,8 +16,8 @@ from tests.models.checkpoints import make_checkpoint
 LAYOUTS = {
     "one": (1, [], torch.nan, "rank 0, sequence 1, tokens 6 to 9"),
     "pipeline": (2, ["parallel.pipeline=2"], torch.inf, "rank 1, sequence 1, tokens 6 to 9"),
-    # of 16 tokens, rank 0 holds the first 8 and speaks for itself
-    "sequence": (2, ["parallel.tensor=2", "parallel.sequence=true"], torch.nan, "rank 0, sequence 1, tokens 6 to 7"),
+    # of 16 tokens, rank 0 holds the first 8
+    "sequence": (2, ["parallel.tensor=2", "parallel.sequence=true"], torch.nan, "rank 0, sequence 1, tokens 6 to 9"),
 }
 
 
@@ -80,6 +81,29 @@ def test_where_is_named_on_every_rank(run_ranks, arguments, layout):
         assert said.startswith(expected)
         assert "\n" not in said
         assert kept
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        # The second rank's part of the first replica goes wrong in an earlier sequence than the first rank's.
+        (
+            [TeacherFault(0, 0, (1, 0), (3, 5)), TeacherFault(1, 0, (0, 2), (8, 9)), TeacherFault(2, 1, (0, 0))],
+            "microbatch 0 of step 7, rank 1, sequence 2, tokens 8 to 9: ",
+        ),
+        # Both parts of one sequence, and another replica's.
+        (
+            [
+                TeacherFault(2, 1, (0, 1), (4, 7)),
+                TeacherFault(3, 1, (0, 1), (8, 8)),
+                TeacherFault(5, 2, (0, 1), (0, 9)),
+            ],
+            "microbatch 0 of step 7, rank 2, sequence 1, tokens 4 to 8: ",
+        ),
+    ],
+)
+def test_a_sequence_is_named_over_the_ranks_that_hold_its_parts(faults, said):
+    assert explain_teacher(faults, step=7).startswith(f"the teacher's logits are not finite: {said}")
 
 
 def test_ignored_tokens_may_be_anything(run_ranks, arguments):
