@@ -12,14 +12,14 @@ from tests.losses.implementations import FAST_IMPLEMENTATIONS, IMPLEMENTATIONS
 from tests.losses.oracle import assert_token_kl, relative_error
 
 
-def call(heads: Heads, **options):
+def call(heads: Heads, token_weights: torch.Tensor | None = None, **options):
     mine = share(heads, 0, 1)
     loss, token_kl = linear_kl(
         mine.student_hidden,
         mine.student_head,
         mine.teacher_hidden,
         mine.teacher_head,
-        token_weights=heads.weights,
+        token_weights=heads.weights if token_weights is None else token_weights,
         **options,
     )
     return mine, loss, token_kl
@@ -173,15 +173,7 @@ def test_ignored_tokens_leave_the_products(impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_all_tokens_ignored(impl: str) -> None:
     heads = make_heads()
-    mine = share(heads, 0, 1)
-    loss, token_kl = linear_kl(
-        mine.student_hidden,
-        mine.student_head,
-        mine.teacher_hidden,
-        mine.teacher_head,
-        token_weights=torch.zeros_like(heads.weights),
-        impl=impl,
-    )
+    mine, loss, token_kl = call(heads, torch.zeros_like(heads.weights), impl=impl)
     loss.backward()
     assert loss == 0
     assert (token_kl == 0).all()

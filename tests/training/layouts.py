@@ -4,18 +4,24 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import event
 from hypothesis import strategies as st
 
 from megaqad.config import check_settings, load_settings
 from megaqad.errors import UserError
 from tests.faults.runs import SMALL, outcome
+from tests.models.checkpoints import make_checkpoint
 from tests.ranks import run_ranks
 from tests.training.runs import distill
 
 MODELS = ("llama", "llama_tied_scaled", "llama_three_groups", "qwen3")
 MOST_RANKS = 4
+MADE: dict[str, Path] = {}
+"""The checkpoints of ``MODELS`` that have been needed."""
 
+Configuration = tuple[str, tuple[str, ...], int]
+"""(model, overrides, ranks that the layout asks for)."""
 
 SIZES = [
     *((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (4, 1, 1), (1, 4, 1), (1, 1, 4)),
@@ -25,8 +31,8 @@ SIZES = [
 
 
 @st.composite
-def configurations(draw: st.DrawFn) -> tuple[str, tuple[str, ...], int]:
-    """(model, overrides, ranks that the layout asks for); about half of them are accepted."""
+def configurations(draw: st.DrawFn) -> Configuration:
+    """About half of them are accepted."""
 
     def usually(value: Any, *others: Any) -> Any:
         return draw(st.sampled_from([value] * 6 + list(others)))
@@ -52,12 +58,15 @@ def configurations(draw: st.DrawFn) -> tuple[str, tuple[str, ...], int]:
     return draw(st.sampled_from(MODELS)), tuple(f"{name}={value}" for name, value in overrides.items()), ranks
 
 
-def check(model: Path, overrides: tuple[str, ...], ranks: int, folder: Path) -> None:
+def check(configuration: Configuration, folders: pytest.TempPathFactory) -> None:
     """The property, for one configuration."""
-    run_dir = folder / "run"
+    name, overrides, ranks = configuration
+    if name not in MADE:
+        MADE[name] = make_checkpoint(name, folders.mktemp(name))
+    run_dir = folders.getbasetemp() / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
     arguments = [
-        *(f"model={model}", f"output_dir={run_dir}", *SMALL),
+        *(f"model={MADE[name]}", f"output_dir={run_dir}", *SMALL),
         *("train.steps=2", "train.warmup_steps=0", "checkpoint.every=1", "evaluation.every=0"),
         *("data.max_train_tokens=2000", "quantization.calibration_samples=2"),
         *overrides,

@@ -2,16 +2,10 @@
 
 from hypothesis import HealthCheck, given, settings
 
-from tests.models.checkpoints import make_checkpoint
 from tests.training.layouts import check, configurations
-
-MADE = {}
 
 
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(configuration=configurations())
 def test_accepted_ones_train_and_resume_refused_ones_say_why(configuration, tmp_path_factory):
-    name, overrides, ranks = configuration
-    if name not in MADE:
-        MADE[name] = make_checkpoint(name, tmp_path_factory.mktemp(name))
-    check(MADE[name], overrides, ranks, tmp_path_factory.getbasetemp())
+    check(configuration, tmp_path_factory)
