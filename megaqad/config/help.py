@@ -15,17 +15,10 @@ def settings_help() -> str:
 
 
 def _describe_fields(kind: type, prefix: str) -> list[str]:
-    """Lines for the fields of a settings class: the docstring below each field is its meaning."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-    assert isinstance(tree, ast.ClassDef)
-    meanings = {
-        field_node.target.id: " ".join(str(text.value.value).split())
-        for field_node, text in zip(tree.body, tree.body[1:], strict=False)
-        if isinstance(field_node, ast.AnnAssign)
-        and isinstance(field_node.target, ast.Name)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-    }
+    """Lines for the fields of a settings class."""
+    meanings: dict[str, str] = {}
+    for part in kind.__mro__:
+        meanings |= _meanings(part) if is_dataclass(part) else {}
     lines = []
     for setting in fields(kind):
         default = setting.default if setting.default_factory is dataclass_missing else setting.default_factory()
@@ -36,3 +29,17 @@ def _describe_fields(kind: type, prefix: str) -> list[str]:
             meaning = textwrap.wrap(meanings[setting.name], 100, initial_indent="    ", subsequent_indent="    ")
             lines += [f"{prefix}{setting.name}  ({shown})", *meaning]
     return lines
+
+
+def _meanings(kind: type) -> dict[str, str]:
+    """The docstring below each field that the class itself declares, by the field's name."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    return {
+        field_node.target.id: " ".join(str(text.value.value).split())
+        for field_node, text in zip(tree.body, tree.body[1:], strict=False)
+        if isinstance(field_node, ast.AnnAssign)
+        and isinstance(field_node.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+    }

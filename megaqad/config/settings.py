@@ -11,22 +11,10 @@ from megaqad.runtime.sizes import ParallelSizes
 BUNDLED_TEACHER = Path(__file__).parent.parent / "assets" / "teacher"
 
 
-@dataclass(frozen=True)
-class ParallelSettings:
+@dataclass(frozen=True, kw_only=True)
+class ParallelSettings(ParallelSizes):
     """Settings under ``parallel.``: how the model and its batches are divided among ranks."""
 
-    tensor: int = 1
-    """Ranks that share each layer's matrices."""
-    pipeline: int = 1
-    """Stages of consecutive layers."""
-    virtual_pipeline: int = 1
-    """Chunks of layers on each pipeline rank; more than 1 interleaves them (smaller bubble, more sends)."""
-    context: int = 1
-    """Ranks that share each sequence. Needs Transformer Engine's attention; 1 elsewhere."""
-    expert: int = 1
-    """Ranks that share the experts of a mixture-of-experts layer."""
-    sequence: bool = False
-    """Divide the activations between the tensor-parallel regions along the sequence as well."""
     data: int = 1
     """Model replicas when a command starts its own ranks. Under torchrun or srun the world decides."""
 
