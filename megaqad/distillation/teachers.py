@@ -74,6 +74,7 @@ class SelfTeacher:
         """
         self.chunks: Sequence[CausalLM] = list(student)
         self._originals = list(originals)
+        self._head: Tensor | None = None
         kept = {id(parameter) for parameter, _ in self._originals}
         for chunk in self.chunks:
             for name, parameter in chunk.named_parameters():
@@ -85,8 +86,10 @@ class SelfTeacher:
             return forward_hidden(self.chunks, tokens)
 
     def head_weight(self) -> Tensor:
-        with self._as_it_was():
-            return self.chunks[-1].head_weight().detach()  # of the original's storage, also when the exchange is over
+        if self._head is None:  # a view of storage that stays, so no exchange is needed in the student's pass
+            with self._as_it_was():
+                self._head = self.chunks[-1].head_weight().detach()
+        return self._head
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
