@@ -45,7 +45,7 @@ def _tiles(head: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def logit_buffers(models: int, tokens: int, head: Tensor) -> Tensor:
-    """Uninitialized FP32 [models, tokens, V_local]. Rows begin with a cache line, for products that write past caches."""
+    """Uninitialized FP32 [models, tokens, V_local]. Rows begin with a cache line, as `products` likes them."""
     whole_lines = -(-len(head) // _LINE) * _LINE
     return head.new_empty(models, tokens, whole_lines, dtype=torch.float32)[..., : len(head)]
 

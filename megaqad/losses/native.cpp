@@ -4,8 +4,8 @@
 // Written with the vector extensions of GCC and Clang, so one source serves AVX2, AVX-512 and NEON.
 //
 // A row is taken block by block: its maximum, then its sums, while the next block comes from memory. Sums run in
-// sixteen FP32 lanes over a block, then in FP64. No value is subtracted from another before its row's maximum so far was
-// subtracted from both. Comparisons are written so that NaN is never chosen away: it must reach the result.
+// sixteen FP32 lanes over a block, then in FP64. No value is subtracted from another before its row's maximum so far
+// was subtracted from both. Comparisons are written so that NaN is never chosen away: it must reach the result.
 
 #include <cmath>
 #include <cstdint>
@@ -222,10 +222,11 @@ void row_gradient(const S* student, const T* teacher, int64_t columns, float inv
     if constexpr (kTeacher) __builtin_prefetch(teacher + column + kAhead);
     store(out + column, slope(load(student + column), kTeacher ? load(teacher + column) : Floats{}));
   }
-  int64_t rest = columns - column;
-  if (rest)
-    store_tail(out + column, slope(load_tail(student + column, rest), kTeacher ? load_tail(teacher + column, rest) : Floats{}),
-               rest);
+  const int64_t rest = columns - column;
+  if (rest) {
+    Floats z_t = kTeacher ? load_tail(teacher + column, rest) : Floats{};
+    store_tail(out + column, slope(load_tail(student + column, rest), z_t), rest);
+  }
 }
 
 struct Shape {
