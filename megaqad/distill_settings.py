@@ -11,8 +11,7 @@ from pathlib import Path
 from megaqad.errors import UserError
 from megaqad.models.checks import check_checkpoint, check_layout, check_vocabularies
 from megaqad.models.description import ModelDescription, describe_model
-from megaqad.models.rows import placed_rows
-from megaqad.models.trainable import trains
+from megaqad.models.trainable import trained_share
 from megaqad.runtime.sizes import ParallelSizes
 
 OBJECTIVES = ("qad", "qat")
@@ -49,9 +48,10 @@ class DistillSettings:
     beta: float = 0.5
     """Of ``jsd``: near 0 like forward KL, near 1 like reverse KL."""
     teacher: str = "model"
-    """``model``: the original checkpoint. ``self``: the student without its quantizers, no second copy; only while no
-    weight is trained. Or the directory of another checkpoint with the same vocabulary, of any depth and width. Held-out
-    numbers are always against ``model``. ``cached``: ``model`` with a ``distill.cache``."""
+    """``model``: the original checkpoint. ``self``: the same teacher bit for bit, without a second model: the student
+    with its quantizers off, and of the weights that ``train.trainable`` names the original values, which is all that is
+    kept; refused where every weight is trained. Or the directory of another checkpoint with the same vocabulary, of any
+    depth and width. Held-out numbers are always against ``model``. ``cached``: ``model`` with a ``distill.cache``."""
     cache: str | None = None
     """Directory for the teacher's last hidden states: computed once, then read by every epoch and every run over the
     same data. With a complete cache no teacher is loaded for training, only its output head. ``teacher=cached`` alone
@@ -125,19 +125,24 @@ def check_teacher(distill: DistillSettings, student: ModelDescription, model_dir
 
 
 def check_self_teacher(distill: DistillSettings, student: ModelDescription, trainable: Sequence[str]) -> None:
-    """Whether a student that is its own teacher leaves the teacher as it is.
+    """Whether a student that is its own teacher spares any memory.
+
+    It keeps the original values of what is trained. Where that is every weight they are a second model, as
+    ``distill.teacher=model`` has one: who asked for none should hear so, and not find out from the memory that is gone.
+    Short of that whatever rests is spared; how much is said when training begins, and whether it is worth it is the
+    user's choice.
 
     Args:
         trainable: the patterns of ``train.trainable``.
 
     Raises:
-        UserError: a weight is trained; the message names the first.
+        UserError: every weight is trained.
     """
     if distill.teacher != "self" or distill.objective != "qad" or not distill.qad_needs_teacher:
         return
-    for placed in placed_rows(student):
-        if trains(placed, trainable):
-            raise UserError(
-                f"distill.teacher=self needs weights that stay as they are, but {placed.parts[0].name} is trained: set "
-                "train.trainable=[scales], or distill.teacher=model"
-            )
+    if trained_share(student, trainable) == 1:
+        raise UserError(
+            f"distill.teacher=self keeps the originals of what is trained, but train.trainable={list(trainable)} is "
+            "every weight: set distill.teacher=model, which takes the same memory, or train fewer, like "
+            "['model.layers.*.mlp.*']"
+        )

@@ -11,7 +11,8 @@ from megaqad.identity import model_fingerprint, tokenizer_digest
 from megaqad.losses import Objective, build_objective
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import describe_model
-from megaqad.models.hf_reader import load_head
+from megaqad.models.hf_reader import load_head, original_values
+from megaqad.models.trainable import trained_share
 from megaqad.runtime.agree import on_main
 
 
@@ -24,14 +25,17 @@ def divergence_of(session: Session) -> Objective:
 def teacher_of(session: Session, student: list[CausalLM]) -> Teacher:
     """``distill.teacher``, behind ``distill.cache`` when there is one.
 
+    Args:
+        student: this rank's chunks, bare, with ``requires_grad`` on what is trained.
+
     Collectives: of a teacher that is built, and ``on_main`` for a cache.
 
     Raises:
-        UserError: a student that cannot be its own teacher; a cache of another teacher or other data.
+        UserError: a cache of another teacher or other data.
     """
     settings = session.settings
     if settings.distill.teacher == "self":
-        return SelfTeacher(student)
+        return _self_teacher(session, student)
     if settings.cache_dir is None:
         return _live(session)
     facts = on_main(lambda: _cache_facts(session))
@@ -42,6 +46,13 @@ def teacher_of(session: Session, student: list[CausalLM]) -> Teacher:
 def _live(session: Session) -> Teacher:
     distill = session.settings.distill
     return LiveTeacher(session.teacher if distill.teacher in TEACHERS else session.frozen(session.settings.teacher_dir))
+
+
+def _self_teacher(session: Session, student: list[CausalLM]) -> Teacher:
+    """Originals come from the model's files, so it does not matter how far the student has been trained already."""
+    share = trained_share(session.description, session.settings.train.trainable)
+    session.terminal.say(f"the student is its own teacher; kept besides: the originals of {share:.1%} of its weights")
+    return SelfTeacher(student, original_values(student, session.description, session.settings.model_dir))
 
 
 def _cache_facts(session: Session) -> dict[str, str | int]:

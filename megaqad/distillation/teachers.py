@@ -3,26 +3,27 @@
 | teacher | its pass | what it holds |
 |---|---|---|
 | `LiveTeacher` | forward only through its own chunks | a second model |
-| `SelfTeacher` | the student's chunks with their quantizers off | nothing |
+| `SelfTeacher` | the student's chunks, quantizers off, trained weights set back | the trained weights' originals |
 | `CachedTeacher` | none: hidden states from files, made once by another teacher | its output head |
 
 All give last hidden states `[s(/tp), b, h]` on the last pipeline stage and the output head they belong to, so the loss
 is the same function of the same numbers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaqad.distillation.cache import HiddenCache
 from megaqad.distillation.forward import forward_hidden
 from megaqad.models.causal_lm import CausalLM
+from megaqad.models.modules import QuantizerParameter
 from megaqad.quantization.attention import QuantizedCausalAttention
 from megaqad.quantization.quantizers import QuantizerMode, Quantizers
 from megaqad.quantization.state import quantized_caches, quantized_linears
-from megaqad.runtime.agree import raise_together
 from megaqad.runtime.parallel import ParallelContext
 
 
@@ -54,62 +55,62 @@ class LiveTeacher:
 
 
 class SelfTeacher:
-    """The student without its quantizers. Right only while no weight that this pass reads is trained."""
+    """The student as it was before training: quantizers off, trained weights at their original values.
 
-    def __init__(self, student: Sequence[CausalLM]) -> None:
+    For the length of a pass the ``data`` of each trained parameter is exchanged for its original, then exchanged back.
+    The contents stay where they are: nothing is copied, and whatever holds the storage of the trained values does not
+    notice, be it Megatron-Core's contiguous parameter buffer, the distributed optimizer's views of it, or a checkpoint
+    on its way to disk. Quantized copies of weights survive too: they are made in ``refresh_weights`` only, and a layer
+    whose quantizers are off does not look at its own.
+    """
+
+    def __init__(self, student: Sequence[CausalLM], originals: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
         """
         Args:
             student: this rank's chunks, bare.
-
-        Collective: ``raise_together``, since a stage may hold no trained weight.
-
-        Raises:
-            UserError: a weight of the student is trained, which would move the teacher with it; the message names it.
+            originals: every trained weight of these chunks with its value in the original model, in the parameter's
+                shape, dtype and sharding (``hf_reader.original_values``). Learned scales are not among them: they are
+                not read when quantizers are off.
         """
         self.chunks: Sequence[CausalLM] = list(student)
-        raise_together(_trained_weight(student))
+        self._originals = list(originals)
+        self._head: Tensor | None = None
+        kept = {id(parameter) for parameter, _ in self._originals}
+        for chunk in self.chunks:
+            for name, parameter in chunk.named_parameters():
+                rests = not parameter.requires_grad or isinstance(parameter, QuantizerParameter)
+                assert rests or id(parameter) in kept, f"{name} is trained and would move the teacher with it"
 
     def last_hidden(self, tokens: Sequence[Tensor]) -> list[Tensor]:
-        with _QuantizersOff(self.chunks):
+        with self._as_it_was():
             return forward_hidden(self.chunks, tokens)
 
     def head_weight(self) -> Tensor:
-        with _QuantizersOff(self.chunks):
-            return self.chunks[-1].head_weight().detach()
+        if self._head is None:  # a view of storage that stays, so no exchange is needed in the student's pass
+            with self._as_it_was():
+                self._head = self.chunks[-1].head_weight().detach()
+        return self._head
 
-
-def _trained_weight(student: Sequence[CausalLM]) -> str | None:
-    """Why the student cannot be its own teacher. Parameters of the quantizers are not read when they are off."""
-    layers = set(quantized_linears(student))
-    for chunk in student:
-        for name, module in chunk.named_modules():
-            for own, parameter in module.named_parameters(recurse=False):
-                is_quantizers = module in layers and own not in ("weight", "bias")
-                if parameter.requires_grad and not is_quantizers:
-                    return (
-                        f"distill.teacher=self needs weights that stay as they are, but {name}.{own} is trained: train "
-                        "the scales only, or set distill.teacher=model"
-                    )
-    return None
-
-
-class _QuantizersOff:
-    """For the length of a ``with`` block the layers compute in BF16; then each is in its mode again."""
-
-    def __init__(self, chunks: Sequence[CausalLM]) -> None:
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """For the length of a ``with`` block the chunks are the original; then they are as before, whatever happens."""
         quantizers: list[Quantizers | QuantizedCausalAttention] = [
-            *quantized_linears(chunks),
-            *quantized_caches(chunks),
+            *quantized_linears(self.chunks),
+            *quantized_caches(self.chunks),
         ]
-        self._modes = [(one, one.mode) for one in quantizers]
-
-    def __enter__(self) -> None:
-        for quantizer, _ in self._modes:
-            quantizer.mode = QuantizerMode.OFF
-
-    def __exit__(self, *_: object) -> None:
-        for quantizer, mode in self._modes:
-            quantizer.mode = mode
+        modes = [(one, one.mode) for one in quantizers]
+        trained = [parameter.data for parameter, _ in self._originals]
+        try:
+            for parameter, original in self._originals:
+                parameter.data = original
+            for quantizer, _ in modes:
+                quantizer.mode = QuantizerMode.OFF
+            yield
+        finally:
+            for (parameter, _), values in zip(self._originals, trained, strict=True):
+                parameter.data = values
+            for quantizer, mode in modes:
+                quantizer.mode = mode
 
 
 class CachedTeacher:

@@ -17,6 +17,8 @@ from torch import Tensor
 from megaqad.losses import products
 
 _TILE_ELEMENTS = 1 << 22
+_LINE = 16
+"""FP32 numbers in a cache line of 64 bytes."""
 
 
 def direct(hidden: Tensor, head: Tensor) -> bool:
@@ -40,6 +42,12 @@ def _tiles(head: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for first in range(0, head.shape[0], rows):
         tile = head[first : first + rows]
         yield slice(first, first + tile.shape[0]), buffer[: tile.shape[0]].copy_(tile)
+
+
+def logit_buffers(models: int, tokens: int, head: Tensor) -> Tensor:
+    """Uninitialized FP32 [models, tokens, V_local]. Rows begin with a cache line, as `products` likes them."""
+    whole_lines = -(-len(head) // _LINE) * _LINE
+    return head.new_empty(models, tokens, whole_lines, dtype=torch.float32)[..., : len(head)]
 
 
 def logits_(out: Tensor, hidden: Tensor, head: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def _run(student: Model, teacher: Model | None, plan: _Plan) -> _Outcome:
     student = inputs.whole_sequence(student, plan.layout)
     teacher = None if teacher is None else inputs.whole_sequence(teacher, plan.layout)
     longest = max((chunk.shape[0] for chunk in work.chunks), default=0)
-    buffers = student.head.new_empty(1 if teacher is None else 2, longest, len(student.head), dtype=torch.float32)
+    buffers = gemm.logit_buffers(1 if teacher is None else 2, longest, student.head)
     token_loss = student.head.new_zeros(len(plan.tokens.weights), dtype=torch.float64)
     hidden_gradient = torch.zeros_like(student.hidden, dtype=torch.float32) if work.any_hidden_gradient else None
     head_gradient: Tensor | None = None

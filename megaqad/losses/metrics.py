@@ -68,7 +68,7 @@ def compare_heads(
     student, teacher = inputs.whole_sequence(student, layout), inputs.whole_sequence(teacher, layout)
     columns, count = student_head.shape[0], token_weights.shape[0]
     longest = max((chunk.shape[0] for chunk in work.chunks), default=0)
-    buffers = torch.empty(2, longest, columns, dtype=torch.float32, device=student_hidden.device)
+    buffers = gemm.logit_buffers(2, longest, student.head)
     losses = torch.zeros(3, count, dtype=torch.float32, device=student_hidden.device)
     agreement = torch.zeros(count, dtype=torch.bool, device=student_hidden.device)
     for chosen in work.chunks:

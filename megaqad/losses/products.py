@@ -2,14 +2,14 @@
 
 Milliseconds on one thread for 512 tokens, a vocabulary of 32,000, hidden size 256 / 1024 / 2048:
 
-| product | here | PyTorch's, BF16 result | MKL's `cblas_gemm_bf16bf16f32` | widened to FP32 |
-|---|---|---|---|---|
-| logits | 16 / 45 / 95 | 13 / 36 / 77 | 21 / 70 / 100 | 54 / 200 / 390 |
-| gradient of hidden states | 13 / 45 / 95 | 11 / 38 / 79 | 12 / 47 / 98 | |
-| gradient of the head, added up | 15 / 42 / 100 | 11 / 78 / 157 | 14 / 75 / 118 | |
+| product | here | PyTorch's, BF16 result | widened to FP32 |
+|---|---|---|---|
+| logits | 12 / 35 / 71 | 14 / 36 / 74 | 54 / 180 / 358 |
+| gradient of hidden states | 12 / 39 / 77 | 11 / 40 / 80 | |
+| gradient of the head, added up | 17 / 49 / 93 | 15 / 47 / 114 | |
 
-MKL's function lies in PyTorch's x86 library too and needs no compiler; it was tried first and is slower. All functions
-are local: `head` [V, H] is this rank's shard; no collectives.
+MKL's `cblas_gemm_bf16bf16f32` lies in PyTorch's x86 library too and needs no compiler; it was tried first and is
+slower. All functions are local: `head` [V, H] is this rank's shard; no collectives.
 """
 
 import ctypes

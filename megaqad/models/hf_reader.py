@@ -5,6 +5,7 @@ slice. A row-parallel weight is cut along dim 1; the file is row-major, so its s
 map, which the operating system reads ahead.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaqad.models.causal_lm import CausalLM, vocab_shard
 from megaqad.models.checkpoint_files import read_headers
 from megaqad.models.description import ModelDescription
 from megaqad.models.families import HfTensor, Row
+from megaqad.models.rows import PlacedRow
 from megaqad.models.sharding import fill_parts, local_parameters, shard_range
 
 
@@ -46,6 +48,11 @@ class _SliceReader:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    def fill(self, placed: PlacedRow, parameter: Tensor, description: ModelDescription) -> None:
+        """Write this rank's slices of a row into its Megatron parameter, cast to its dtype."""
+        shards = [self.read(placed.row, part) for part in placed.parts]
+        fill_parts(placed.row, parameter, shards, description)
 
     def read(self, row: Row, part: HfTensor) -> Tensor:
         """This rank's slice of one tensor, in the file's dtype, on the CPU."""
@@ -79,9 +86,33 @@ def load_weights(chunks: list[CausalLM], description: ModelDescription, model_di
     with _SliceReader(Path(model_dir), group.rank(), group.size()) as reader:
         for chunk in chunks:
             for placed, parameter in local_parameters(chunk, description):
-                shards = [reader.read(placed.row, part) for part in placed.parts]
-                fill_parts(placed.row, parameter.data, shards, description)
+                reader.fill(placed, parameter.data, description)
         return reader.statistics
+
+
+@torch.no_grad()
+def original_values(
+    chunks: Sequence[CausalLM], description: ModelDescription, model_dir: Path
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """What ``model_dir`` holds of each parameter that is trained: the values that ``load_weights`` would give it.
+
+    Args:
+        chunks: this rank's, with ``requires_grad`` on what is trained; their own values are not looked at. Learned
+            scales are no part of a checkpoint and are left out.
+
+    Returns:
+        Each parameter with a tensor of its own shape, dtype, device and sharding. No collectives.
+    """
+    originals = []
+    group = chunks[0].tp_group
+    with _SliceReader(Path(model_dir), group.rank(), group.size()) as reader:
+        for chunk in chunks:
+            for placed, parameter in local_parameters(chunk, description):
+                if parameter.requires_grad:
+                    original = torch.empty_like(parameter.data)
+                    reader.fill(placed, original, description)
+                    originals.append((parameter, original))
+    return originals
 
 
 def load_head(description: ModelDescription, model_dir: Path, rank: int, ranks: int, dtype: torch.dtype) -> Tensor:

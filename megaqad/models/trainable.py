@@ -7,6 +7,7 @@ all of them. What Megatron-Core holds as one parameter (q/k/v, gate/up) trains o
 
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
+from math import prod
 
 from megaqad.errors import UserError
 from megaqad.models.description import ModelDescription
@@ -40,6 +41,17 @@ def trains_scales(placed: PlacedRow, patterns: Sequence[str]) -> bool:
 def scale_name(part: HfTensor) -> str:
     """What patterns call the learned scales of a module."""
     return f"{part.module}.weight_scale"
+
+
+def trained_share(description: ModelDescription, patterns: Sequence[str]) -> float:
+    """How much of the model's weights is trained, 0 to 1, by their number; learned scales are not counted."""
+    dims = description.dims
+    sizes = [
+        (sum(prod(part.sizes(dims)) for part in placed.parts), trains(placed, patterns))
+        for placed in placed_rows(description)
+        if not placed.row.alias
+    ]
+    return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
 
 
 def check_trainable(description: ModelDescription, patterns: Sequence[str], learned: Collection[str]) -> None:

@@ -91,7 +91,7 @@ def refusal(capsys, arguments):
         (["distill.hidden.weight=1", "distill.hidden.layers=[4]"], ["distill.hidden.layers has 4", "0 to 3"]),
         (["distill.hidden.weight=1", "distill.cache=/tmp/none"], ["distill.cache holds last hidden states only"]),
         (["distill.teacher=self", "distill.cache=/tmp/none"], ["distill.teacher=self"]),
-        (["distill.teacher=self"], ["model.embed_tokens.weight is trained", "train.trainable=[scales]"]),
+        (["distill.teacher=self"], ["train.trainable=['*'] is every weight", "distill.teacher=model"]),
         (["distill.teacher=/no/teacher"], ["/no/teacher/config.json does not exist"]),
         (["runtime.dtype=float16"], ["runtime.dtype=float16", "bfloat16, float32"]),
         (["data=/does/not/exist.txt"], ["/does/not/exist.txt"]),

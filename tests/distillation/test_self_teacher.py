@@ -1,4 +1,8 @@
-"""A student that is its own teacher trains what a separate teacher of the same weights trains, and holds one model."""
+"""A student that is its own teacher trains what a separate teacher of the same weights trains, and holds one model and
+the originals of what it trains."""
+
+import gc
+import shutil
 
 import pytest
 import torch
@@ -7,15 +11,18 @@ from megaqad.bench.memory import peak_memory
 from megaqad.commands.session import Session
 from megaqad.commands.teaching import teacher_of
 from megaqad.config import check_settings, load_settings
-from megaqad.distillation.teachers import LiveTeacher, SelfTeacher, Teacher
+from megaqad.distillation.teachers import LiveTeacher, SelfTeacher
 from megaqad.errors import UserError
+from megaqad.models.modules import QuantizerParameter
 from megaqad.runtime.parallel import shutdown_parallel
 from megaqad.training.freezing import freeze
+from megaqad.training.logs import read_metrics
 from tests.distillation.runs import SMALL_RUN, train_curve
 from tests.models.checkpoints import make_checkpoint
-from tests.training.runs import differences, losses, whole_tensors
+from tests.training.runs import differences, distill, losses, whole_tensors
 
 STEPS = 3
+FOUR_RANKS = ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.virtual_pipeline=2"]
 LEARNED = [
     "quantization=nvfp4",
     "quantization.weight_scales=learned",
@@ -37,9 +44,34 @@ CASES = {
             "distill.loss={jsd:1,cross_entropy:0.1}",
         ],
     ),
-    "tensor 2 x pipeline 2, sequence, interleaved": (
+    "tensor 2 x pipeline 2, sequence, interleaved": (4, FOUR_RANKS),
+}
+SUBSETS = {
+    "embedding, rounded head, norms and a layer, in BF16, recomputed, beside cosine": (
+        "llama",
+        1,
+        [
+            "train.trainable=[model.embed_tokens,lm_head,'*norm','model.layers.1.*']",
+            "quantization.exclude=[]",
+            "runtime.dtype=bfloat16",
+            "train.recompute=true",
+            "distill.hidden.weight=0.3",
+        ],
+    ),
+    "layers and all scales, tensor 2": (
+        "llama",
+        2,
+        ["train.trainable=[scales,'model.layers.[02].*']", "quantization.weight_scales=learned", "parallel.tensor=2"],
+    ),
+    "tied embedding and biases, pipeline 2 x data 2": (
+        "qwen2",
         4,
-        ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+        ["train.trainable=[model.embed_tokens,'*.bias']", "parallel.pipeline=2", "parallel.data=2"],
+    ),
+    "head and MLPs, each token's scales, tensor 2 x pipeline 2, sequence, interleaved": (
+        "llama",
+        4,
+        ["train.trainable=[lm_head,'*.mlp.*']", "quantization.activation_scales=dynamic", *FOUR_RANKS],
     ),
 }
 
@@ -68,46 +100,115 @@ def test_as_a_separate_teacher_bit_for_bit(model, run_ranks, tmp_path, case):
     assert differences(*trained) == []
 
 
-def extra_bytes(rank: int, world_size: int, overrides: list[str]) -> tuple[int, int, int]:
-    """What this rank's parameters take; tensor bytes that the teacher takes, and that its pass takes at its peak."""
+@pytest.mark.parametrize("case", SUBSETS)
+def test_originals_of_what_is_trained_teach_bit_for_bit(run_ranks, tmp_path, case):
+    """As a separate teacher, also gone on with after the first step, when the student's weights are no originals."""
+    family, ranks, overrides = SUBSETS[case]
+    options = [
+        *SMALL_RUN,
+        f"model={make_checkpoint(family, tmp_path / 'original')}",
+        *("quantization=nvfp4", f"train.steps={STEPS}", "train.warmup_steps=0", *overrides),
+        *("checkpoint.every=1", f"checkpoint.keep={STEPS}"),
+    ]
+
+    def trained(teacher):
+        run_dir = tmp_path / teacher
+        arguments = [*options, f"output_dir={run_dir}", f"distill.teacher={teacher}"]
+        assert run_ranks(ranks, distill, arguments) == [None] * ranks
+        numbers = [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(run_dir / "metrics.jsonl")]
+        return numbers, whole_tensors(run_dir / "checkpoints" / f"step_{STEPS:08d}")
+
+    expected, tensors = trained("model")
+    assert len({loss for _, loss, _ in expected}) == STEPS, "nothing was learned"
+    for _ in ("from the start", "after the first step"):
+        numbers, found = trained("self")
+        assert numbers == expected
+        assert differences(found, tensors) == []
+        for step in range(2, STEPS + 1):
+            shutil.rmtree(tmp_path / "self" / "checkpoints" / f"step_{step:08d}")
+
+
+def live_bytes() -> int:
+    """Of the memory behind all tensors of this process."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter, QuantizerParameter)]
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+
+
+def extra_bytes(rank: int, world_size: int, overrides: list[str]) -> tuple[int, int, int, int]:
+    """What this rank's parameters take, and those that are trained; what tensors take more once the teacher is there,
+    and what its pass takes at its peak."""
     settings = load_settings([*SMALL_RUN, *overrides])
     session = Session.start(settings)
     try:
         student = session.calibrated_student()
         freeze(student, session.description, settings.train.trainable)
-        made: list[Teacher] = []
-        held = peak_memory(lambda: made.append(teacher_of(session, student)), session.context.device).tensor_bytes
-        assert isinstance(made[0], SelfTeacher if settings.distill.teacher == "self" else LiveTeacher)
+        before = live_bytes()
+        teacher = teacher_of(session, student)
+        held = live_bytes() - before
+        assert isinstance(teacher, SelfTeacher if settings.distill.teacher == "self" else LiveTeacher)
         tokens = [torch.arange(16).view(1, 16)]
-        passing = peak_memory(lambda: made[0].last_hidden(tokens), session.context.device).tensor_bytes
-        weights = sum(one.numel() * one.element_size() for chunk in student for one in chunk.parameters())
-        return weights, held, passing
+        passing = peak_memory(lambda: teacher.last_hidden(tokens), session.context.device).tensor_bytes
+        sizes = [(one.nbytes, one.requires_grad) for chunk in student for one in chunk.parameters()]
+        trained = sum(size for size, trains in sizes if trains)
+        return sum(size for size, _ in sizes), trained, held, passing
     finally:
         shutdown_parallel()
 
 
 @pytest.mark.filterwarnings("ignore:Profiler")
 def test_no_second_copy_of_the_weights(model, run_ranks, tmp_path):
-    [(weights, held, passing)] = run_ranks(1, extra_bytes, run_of(model, tmp_path, "distill.teacher=self"))
-    assert held < weights / 100
+    [(weights, _, held, passing)] = run_ranks(1, extra_bytes, run_of(model, tmp_path, "distill.teacher=self"))
+    assert held == 0
     assert passing < weights / 2
-    [(weights, held, _)] = run_ranks(1, extra_bytes, run_of(model, tmp_path, f"distill.teacher={model}"))
+    [(weights, _, held, _)] = run_ranks(1, extra_bytes, run_of(model, tmp_path, f"distill.teacher={model}"))
     assert held > weights / 2, "what a second copy would show"
 
 
+@pytest.mark.filterwarnings("ignore:Profiler")
+def test_only_what_is_trained_is_kept(run_ranks, tmp_path):
+    """Two of twelve layers: their weights, and in its pass nothing that grows with them."""
+    model = make_checkpoint("llama", tmp_path / "model", num_hidden_layers=12)
+    part = run_of(model, tmp_path, "distill.teacher=self", "train.trainable=['model.layers.[37].*.weight']")
+    [(weights, trained, held, passing)] = run_ranks(1, extra_bytes, part)
+    assert weights / 10 < trained < weights / 5
+    assert held == trained
+    [(_, _, _, passing_without)] = run_ranks(1, extra_bytes, run_of(model, tmp_path, "distill.teacher=self"))
+    assert passing < passing_without + trained / 100
+
+
 @pytest.mark.parametrize("command", ["distill", "recover"])
-@pytest.mark.parametrize(
-    ("trainable", "named"),
-    [("['*']", "model.embed_tokens"), ("[scales,'*.layers.2.*']", "model.layers.2."), ("[model.norm]", "model.norm")],
-)
-def test_trained_weights_are_refused_before_anything_is_built(model, tmp_path, command, trainable, named):
-    """They would move the teacher with them."""
+@pytest.mark.parametrize("trainable", ["['*']", "[scales,'model.layers.*',model.embed_tokens,lm_head,model.norm]"])
+def test_training_every_weight_is_refused_before_anything_is_built(model, tmp_path, command, trainable):
+    """The originals would be a second model, which was not to be."""
     arguments = run_of(model, tmp_path / "run", "distill.teacher=self", f"train.trainable={trainable}", *SMALL_RUN)
     with pytest.raises(UserError) as refusal:
         check_settings(command, load_settings(arguments))
-    for words in ("distill.teacher=self", named, "is trained", "train.trainable", "distill.teacher=model"):
+    for words in ("distill.teacher=self", "train.trainable=[", "is every weight", "distill.teacher=model"):
         assert words in str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_all_but_one_norm_may_train(model, tmp_path):
+    patterns = "train.trainable=['model.layers.*',model.embed_tokens,lm_head]"
+    check_settings("distill", load_settings(run_of(model, tmp_path, "distill.teacher=self", patterns, *SMALL_RUN)))
+
+
+def test_a_run_may_change_over_but_not_leave_trained_weights_to_the_teacher(model, run_ranks, tmp_path):
+    """From a separate teacher to itself, in the middle of a run, for the same bits; never with fewer trained: what
+    rests then is no original any more."""
+    run_dir = tmp_path / "run"
+    last = run_dir / "checkpoints" / "step_00000002"
+    run = [*SMALL_RUN, f"model={model}", f"output_dir={run_dir}", "quantization=nvfp4", "train.warmup_steps=0"]
+    run += ["train.steps=2", "checkpoint.every=1", "train.trainable=[lm_head,'model.layers.1.*']"]
+    itself = [*run, "distill.teacher=self", "resume.allow=[distill.teacher,train.trainable]"]
+    assert run_ranks(1, distill, run) == [None]
+    expected = whole_tensors(last)
+    shutil.rmtree(last)
+    [message] = run_ranks(1, distill, [*itself, "train.trainable=[lm_head]"])
+    assert "step_00000001 holds optimizer.exp_avg.decoder.layers.1." in message
+    assert run_ranks(1, distill, itself) == [None]
+    assert differences(whole_tensors(last), expected) == []
 
 
 @pytest.mark.parametrize("overrides", [["distill.objective=qat"], ["distill.loss={cross_entropy:1}"]])

@@ -1,8 +1,9 @@
 """Weights are quantized once per optimizer step: not once per microbatch, not in backward, not when recomputing.
 
 Two observations of real steps. What a layer multiplies with is one tensor from the first microbatch to the last, and
-another after the update. And nothing else reads the weights meanwhile: with NaN in their place from before the first
-forward until after the last backward, the same bits are trained.
+another after the update. And nothing else reads the weights meanwhile: with NaN in place of those that are trained from
+before the first forward, the teacher's, until after the last backward, the same bits are trained. Also when the student
+is its own teacher, whose pass puts the originals in their place for a while.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from megaqad.models.causal_lm import CausalLM
 from megaqad.quantization.layers import QuantizedLinear
 from megaqad.quantization.state import quantized_linears
 from megaqad.runtime.parallel import shutdown_parallel
+from megaqad.training.freezing import freeze
 from tests.distillation.runs import SMALL_RUN, qad_step
 from tests.models.checkpoints import make_checkpoint
 
@@ -30,6 +32,10 @@ CASES = {
         4,
         ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
     ),
+    "its own teacher, tensor 2": (
+        2,
+        ["distill.teacher=self", "train.trainable=[lm_head,'model.layers.[12].*']", "parallel.tensor=2"],
+    ),
 }
 
 
@@ -39,9 +45,11 @@ def batches(vocabulary: int, step: int) -> list[MicroBatch]:
 
 
 def rounded_weights(student: list[CausalLM]) -> list[Tensor]:
-    """The parameters that are only multiplied with after rounding: those of the linear layers and of the head."""
+    """The parameters that are only multiplied with after rounding, of those that are trained: of the linear layers and
+    of the head."""
     linears = [layer.weight for layer in quantized_linears(student) if isinstance(layer, QuantizedLinear)]
-    return linears + [chunk.original_head() for chunk in student if chunk.post_process]
+    heads = [chunk.output_layer.weight for chunk in student if chunk.post_process]
+    return [weight for weight in linears + heads if weight.requires_grad]
 
 
 @torch.no_grad()
@@ -86,6 +94,7 @@ def train(rank: int, world_size: int, overrides: list[str]) -> list[Trained]:
 
 def train_one(session: Session, hides: bool) -> Trained:
     student = session.calibrated_student()
+    freeze(student, session.description, session.settings.train.trainable)
     step = qad_step(session, student, teacher_of(session, student), divergence=divergence_of(session))
     layers = list(quantized_linears(student))
     used: list[list[Tensor]] = [[] for _ in layers]  # the tensors themselves: an address may be used again
@@ -94,6 +103,7 @@ def train_one(session: Session, hides: bool) -> Trained:
     losses, wrong = [], []
     for index in range(STEPS):
         if hides:
+            assert rounded_weights(student), "this rank would show nothing"
             hide_until_the_last_gradient(student)
         losses.append(step(batches(session.description.vocab_size, index)).loss)
         for layer, found in zip(layers, used, strict=True):
