@@ -13,6 +13,7 @@ from megaqad.commands.session import Session
 from megaqad.commands.students import fingerprint
 from megaqad.config import Settings
 from megaqad.distillation.step import DistillationStep, Objective
+from megaqad.distillation.teachers import LiveTeacher
 from megaqad.evaluation import Evaluator
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.hf_writer import save_pretrained
@@ -29,7 +30,7 @@ def pretrain(settings: Settings) -> None:
 
     def evaluator(max_tokens: int) -> Evaluator:
         return Evaluator(
-            model,
+            LiveTeacher(model),
             session.data.validation,
             session.context,
             max_tokens=max_tokens,

@@ -10,6 +10,7 @@ import torch
 from megaqad.config import Settings
 from megaqad.data import Datasets, build_datasets, prepare_tokens
 from megaqad.distillation.forward import forward_hidden
+from megaqad.distillation.teachers import LiveTeacher, Teacher
 from megaqad.errors import UserError
 from megaqad.evaluation import Evaluator
 from megaqad.identity import claim_output_dir
@@ -205,10 +206,13 @@ class Session:
             return settings.run_dir / "ptq"
         raise UserError(f"{settings.run_dir} holds no student: run `megaqad quantize` or `megaqad distill` there first")
 
-    def evaluator(self, max_tokens: int) -> Evaluator:
-        """Against the teacher, on the first ``max_tokens`` held-out tokens."""
+    def evaluator(self, max_tokens: int, original: Teacher | None = None) -> Evaluator:
+        """Against the original model, on the first ``max_tokens`` held-out tokens.
+
+        ``original``: what computes it already; None loads it.
+        """
         return Evaluator(
-            self.teacher,
+            original or LiveTeacher(self.teacher),
             self.data.validation,
             self.context,
             max_tokens=max_tokens,

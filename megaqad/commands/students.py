@@ -107,11 +107,12 @@ def train_student(session: Session, run_dir: Path, objective: Objective) -> list
     )
     teaches = objective is Objective.QAD and settings.distill.qad_needs_teacher
     teacher = teacher_of(session, student) if teaches else None
-    evaluators: list[Evaluator] = []  # made on first use: it loads the original model, which a cached teacher spares
+    itself = teacher if settings.distill.teacher == "self" else None
+    evaluators: list[Evaluator] = []  # made on first use: it may load the original model, which other teachers spare
 
     def validate(advance: Callable[[], None]) -> dict[str, float]:
         if not evaluators:
-            evaluators.append(session.evaluator(settings.evaluation.training_tokens))
+            evaluators.append(session.evaluator(settings.evaluation.training_tokens, itself))
         numbers = evaluators[0].evaluate(student, advance)
         return {"kl_to_teacher": numbers.kl_to_teacher, "cross_entropy": numbers.cross_entropy}
 

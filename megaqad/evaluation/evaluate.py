@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megaqad.data import Batch, TokenDataset
 from megaqad.distillation.forward import flatten_tokens, forward_hidden
+from megaqad.distillation.teachers import LiveTeacher, Teacher
 from megaqad.errors import UserError
 from megaqad.losses import compare_heads
 from megaqad.models.causal_lm import CausalLM
@@ -42,7 +43,7 @@ class Evaluator:
 
     def __init__(
         self,
-        teacher: Sequence[CausalLM],
+        teacher: Teacher,
         data: TokenDataset,
         context: ParallelContext,
         *,
@@ -51,14 +52,14 @@ class Evaluator:
     ) -> None:
         """
         Args:
-            teacher: this rank's chunks.
+            teacher: with chunks: one that keeps its hidden states of other tokens is of no use.
             max_tokens: held-out tokens to use; fewer when the data has fewer.
         """
-        self._teacher = list(teacher)
+        self._teacher = teacher
         self._context = context
         self._batches = data.evaluation_batches(micro_batch_size, context.data_rank, context.data_size, max_tokens)
         tokens = sum(batch.tokens.numel() for batch in self._batches)
-        config = self._teacher[0].config
+        config = teacher.chunks[0].config
         self._keeps = tokens * config.hidden_size * config.params_dtype.itemsize <= KEPT_BYTES_MOST
         self._kept: dict[int, list[Tensor]] = {}
 
@@ -72,8 +73,8 @@ class Evaluator:
         """The same ``Evaluation`` on every rank.
 
         Args:
-            student: this rank's chunks, in the teacher's layout. The teacher itself gives the column of the original;
-                the teacher must not have changed since the first call.
+            student: this rank's chunks, in the teacher's layout. The chunks of a ``LiveTeacher`` give the column of the
+                original; the teacher must not have changed since the first call.
             advance: called after every group of batches.
 
         Collectives: a forward pass of the student and, the first time, of the teacher, those of ``compare_heads``, one
@@ -87,7 +88,7 @@ class Evaluator:
             batches = self._batches[first : first + BATCHES_AT_ONCE]
             tokens = [batch.tokens.to(self._context.device) for batch in batches]
             teacher_hidden = self._teacher_hidden(first, tokens)
-            is_teacher = student[0] is self._teacher[0]
+            is_teacher = isinstance(self._teacher, LiveTeacher) and student[0] is self._teacher.chunks[0]
             student_hidden = teacher_hidden if is_teacher else forward_hidden(student, tokens)
             for batch, ours, theirs in zip(batches, student_hidden, teacher_hidden, strict=False):
                 sums += self._sums(batch, student[-1], ours, theirs)
@@ -114,7 +115,7 @@ class Evaluator:
         """The teacher's last hidden states of the microbatches from ``first`` on, from an earlier call if kept."""
         hidden = self._kept.get(first)
         if hidden is None:
-            hidden = forward_hidden(self._teacher, tokens)
+            hidden = self._teacher.last_hidden(tokens)
             if self._keeps:
                 self._kept[first] = hidden
         return hidden
@@ -126,7 +127,7 @@ class Evaluator:
             student_hidden.flatten(0, 1),
             student.head_weight(),
             teacher_hidden.flatten(0, 1),
-            self._teacher[-1].head_weight(),
+            self._teacher.head_weight(),
             flatten_tokens(batch.labels.to(self._context.device)),
             token_weights=weights,
             vocab_start=student.vocab_start,

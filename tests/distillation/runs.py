@@ -76,3 +76,16 @@ def export_digests(rank: int, world_size: int, overrides: list[str]) -> dict[str
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     finally:
         shutdown_parallel()
+
+
+def without_teacher(rank: int, world_size: int, overrides: list[str], train=train_curve):
+    """Train; loading a whole frozen model would be a defect."""
+
+    def never(*_):
+        raise AssertionError("the teacher's layers were loaded")
+
+    kept, Session.frozen = Session.frozen, never
+    try:
+        return train(rank, world_size, overrides)
+    finally:
+        Session.frozen = kept

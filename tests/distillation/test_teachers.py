@@ -20,7 +20,7 @@ from megaqad.runtime.parallel import shutdown_parallel
 from megaqad.training.freezing import freeze
 from megaqad.training.logs import read_metrics
 from megaqad.training.optimizer import wrap_for_training
-from tests.distillation.runs import SMALL_RUN, train_curve
+from tests.distillation.runs import SMALL_RUN, train_curve, without_teacher
 from tests.models.checkpoints import make_checkpoint
 from tests.training.runs import differences, distill, losses, whole_tensors
 
@@ -49,19 +49,6 @@ def models(tmp_path_factory):
 
 def run_of(models, output, *overrides):
     return [f"model={models[0]}", f"output_dir={output}", "train.steps=3", *overrides]
-
-
-def without_teacher(rank: int, world_size: int, overrides: list[str], train=train_curve):
-    """Train; loading a whole frozen model would be a defect."""
-
-    def never(*_):
-        raise AssertionError("the teacher's layers were loaded")
-
-    kept, Session.frozen = Session.frozen, never
-    try:
-        return train(rank, world_size, overrides)
-    finally:
-        Session.frozen = kept
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
