@@ -237,7 +237,7 @@ struct Shape {
 
 template <typename S, typename T, bool kTempered, bool kTeacher>
 void all_statistics(const void* student, const void* teacher, const uint8_t* mask, double* out, const Shape& shape) {
-#pragma omp parallel for schedule(static) num_threads(shape.threads)
+#pragma omp parallel for schedule(guided) num_threads(shape.threads)
   for (int64_t row = 0; row < shape.rows; ++row) {
     if (mask && !mask[row]) continue;
     row_statistics<S, T, kTempered, kTeacher>((const S*)student + row * shape.student_stride,
@@ -249,7 +249,7 @@ void all_statistics(const void* student, const void* teacher, const uint8_t* mas
 template <typename S, typename T, typename O, bool kTempered, bool kTeacher>
 void all_gradients(const void* student, const void* teacher, const float* peaks, const float* factors, void* out,
                    const Shape& shape) {
-#pragma omp parallel for schedule(static) num_threads(shape.threads)
+#pragma omp parallel for schedule(guided) num_threads(shape.threads)
   for (int64_t row = 0; row < shape.rows; ++row) {
     float factor_s = factors[row], factor_t = kTeacher ? factors[shape.rows + row] : 0.0f;
     O* to = (O*)out + row * shape.out_stride;

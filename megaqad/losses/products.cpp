@@ -8,6 +8,8 @@
 // Tried and slower: summing the loss's statistics over each block of logits while it is in cache (two packed heads at a
 // time do not fit), and fetching blocks ahead in software.
 //
+// Where blocks are independent, threads take them as they get done: a core is often somebody else's too.
+//
 // Compiled on first use by products.py with PyTorch's own headers, called through ctypes. All matrices are row-major.
 
 #include <ATen/native/CPUBlas.h>
@@ -161,7 +163,7 @@ void megaqad_logits(const bf16* hidden, int64_t hidden_stride, const bf16* head,
   {
     Scratch<uint32_t> packed(kColumns * H / 2);
     Scratch<float> product(kRows * kColumns);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (int64_t v = 0; v < V; v += kColumns) {
       const int64_t columns = std::min(kColumns, V - v);
       for_panels(columns, [&](int64_t start, int64_t size) {  // two neighbours of a row are a word: they stay together
@@ -234,7 +236,7 @@ void megaqad_head_gradient(const bf16* slope, int64_t slope_stride, const bf16* 
   {
     Scratch<uint32_t> pairs(depth / 2 * kColumns), turned(stride / 2 * kColumns);
     Scratch<float> product(kColumns * kColumns);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (int64_t v = 0; v < V; v += kColumns) {
       const int64_t rows = std::min(kColumns, V - v);
       interleave(slope + v, slope_stride, n, rows, pairs.get());  // two tokens are a word: turned, they are neighbours
