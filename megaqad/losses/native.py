@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megaqad.losses import compiled
-from megaqad.losses.compiled import address
+from megaqad import compiled
+from megaqad.compiled import address
 
 SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ("-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
