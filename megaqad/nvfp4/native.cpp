@@ -19,14 +19,34 @@ constexpr int kBlock = 16;  // elements in a block, lanes in a vector, and block
 
 typedef float Floats __attribute__((vector_size(4 * kBlock)));
 typedef uint32_t Words __attribute__((vector_size(4 * kBlock)));
-typedef uint64_t Longs __attribute__((vector_size(4 * kBlock)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kBlock)));
 typedef uint8_t Bytes __attribute__((vector_size(kBlock)));
-typedef uint8_t PackedBytes __attribute__((vector_size(kBlock / 2)));
+typedef uint32_t WordPairs __attribute__((vector_size(2 * kBlock)));  // eight: a pair of elements each
+typedef uint16_t HalfPairs __attribute__((vector_size(kBlock)));
+typedef uint8_t BytePairs __attribute__((vector_size(kBlock / 2)));
 
-constexpr uint32_t kSign = 0x80000000, kExponent = 0x7f800000;
+constexpr uint32_t kSign = 0x80000000, kExponent = 0x7f800000, kQuietNan = 0x7fc00000;
 
 inline Floats splat(float value) { return Floats{} + value; }
+
+inline Halves narrow(Words words) { return __builtin_convertvector(words, Halves); }
+inline Words widen(Halves halves) { return __builtin_convertvector(halves, Words); }
+
+// By steps of two: GCC moves lane by lane what it shall convert by more.
+inline Bytes narrow_to_bytes(Words words) { return __builtin_convertvector(narrow(words), Bytes); }
+inline Words widen_bytes(Bytes bytes) { return widen(__builtin_convertvector(bytes, Halves)); }
+
+// Two codes to a byte, the one of the even element low.
+inline BytePairs pack(Words codes) {
+  WordPairs pairs = (WordPairs)narrow(codes);
+  pairs |= pairs >> 12;
+  return __builtin_convertvector(__builtin_convertvector(pairs, HalfPairs), BytePairs);
+}
+
+inline Words unpack(BytePairs bytes) {
+  WordPairs pairs = __builtin_convertvector(__builtin_convertvector(bytes, HalfPairs), WordPairs);
+  return widen((Halves)((pairs | (pairs << 12)) & 0x000f000f));
+}
 
 template <typename Vector>
 inline Vector load_bits(const void* from) {
@@ -87,13 +107,11 @@ struct Bfloat16 {
   static constexpr Bits kMagnitude = 0x7fff;
   static inline Floats widen(Words magnitudes) { return (Floats)(magnitudes << 16); }
   static inline Floats load(const Bits* from) {
-    return (Floats)(__builtin_convertvector(load_bits<Halves>(from), Words) << 16);
+    return (Floats)(::widen(load_bits<Halves>(from)) << 16);
   }
   static inline void store(Bits* to, Floats value) {
-    Words bits = (Words)value;
-    Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    rounded = value == value ? rounded : Words{} + 0x7fc0;
-    store_bits(to, __builtin_convertvector(rounded, Halves));
+    Words bits = (Words)value;  // kQuietNan, of either sign, comes out as NaN; others might not
+    store_bits(to, narrow((bits + 0x7fff + ((bits >> 16) & 1)) >> 16));
   }
 };
 
@@ -105,14 +123,14 @@ struct Float16 {
     return magnitudes < 0x7c00 ? Half::decode(magnitudes) : (Floats)special;
   }
   static inline Floats load(const Bits* from) {
-    Words bits = __builtin_convertvector(load_bits<Halves>(from), Words);
+    Words bits = ::widen(load_bits<Halves>(from));
     return (Floats)((Words)widen(bits & kMagnitude) | ((bits & 0x8000) << 16));
   }
   static inline void store(Bits* to, Floats value) {
     Floats a = (Floats)((Words)value & ~kSign);
     Words code = Half::round(a < 65536.0f ? a : splat(65536.0f)).code;  // that is infinity's code
     code = value == value ? code : Words{} + 0x7e00;
-    store_bits(to, __builtin_convertvector(code | (((Words)value & kSign) >> 16), Halves));
+    store_bits(to, narrow(code | (((Words)value & kSign) >> 16)));
   }
 };
 
@@ -138,6 +156,12 @@ inline E4M3::Rounded block_scales(Floats amax, float global_scale) {
   return rounded;
 }
 
+// What a block's elements are multiples of; of NaN one only, so that elements need not be asked.
+inline Floats steps_of(Floats scales, float global_scale) {
+  Floats steps = scales * global_scale;
+  return steps == steps ? steps : (Floats)(Words{} + kQuietNan);
+}
+
 // One block in units of its scale, to values and codes; either may be null.
 template <typename T>
 inline void quantize_block(const typename T::Bits* x, float scale, typename T::Bits* values, uint8_t* codes) {
@@ -147,8 +171,7 @@ inline void quantize_block(const typename T::Bits* x, float scale, typename T::B
   E2M1::Rounded rounded = E2M1::round(units < 6.0f ? units : splat(6.0f));  // NaN too
   if (values) T::store(values, (Floats)((Words)rounded.value | sign) * scale + 0.0f);  // + 0: no minus zero
   if (codes) {
-    Longs pairs = (Longs)(rounded.code | ((Words)(units > 0.0f) & (sign >> 28)));
-    store_bits(codes, __builtin_convertvector(pairs | (pairs >> 28), PackedBytes));
+    store_bits(codes, pack(rounded.code | ((Words)(units > 0.0f) & (sign >> 28))));
   }
 }
 
@@ -181,13 +204,13 @@ inline void quantize_group(const Tensors& t, int64_t first, int count, float glo
   }
   E4M3::Rounded rounded = block_scales(amax, global_scale);
   float steps[kBlock];
-  store_bits(steps, rounded.value * global_scale);
+  store_bits(steps, steps_of(rounded.value, global_scale));
   for (int block = 0; block < count; ++block)
     quantize_block<T>(x + block * kBlock, steps[block],
                       kValues ? (typename T::Bits*)t.values + (first + block) * kBlock : nullptr,
                       kCodes ? t.codes + (first + block) * (kBlock / 2) : nullptr);
   if (kCodes) {
-    Bytes bytes = __builtin_convertvector(rounded.code, Bytes);
+    Bytes bytes = narrow_to_bytes(rounded.code);
     std::memcpy(t.scales + first, &bytes, count);
   }
 }
@@ -221,15 +244,14 @@ void dequantize(const Tensors& t, const Shape& shape) {
   for_each_group(shape, [&](int64_t first, int count, int64_t row) {
     uint8_t bytes[kBlock] = {};
     std::memcpy(bytes, t.scales + first, count);
-    Words code = __builtin_convertvector(load_bits<Bytes>(bytes), Words);
+    Words code = widen_bytes(load_bits<Bytes>(bytes));
     Words magnitude = code & 0x7f;
     Words scale = (Words)E4M3::decode(magnitude) | ((code & 0x80) << 24);
-    scale = magnitude == 0x7f ? Words{} + 0x7fc00000 : scale;
+    scale = magnitude == 0x7f ? Words{} + kQuietNan : scale;
     float steps[kBlock];
-    store_bits(steps, (Floats)scale * t.global_scale[row]);
+    store_bits(steps, steps_of((Floats)scale, t.global_scale[row]));
     for (int block = 0; block < count; ++block) {
-      Longs pairs = __builtin_convertvector(load_bits<PackedBytes>(t.codes + (first + block) * (kBlock / 2)), Longs);
-      Words codes = (Words)((pairs | (pairs << 28)) & 0x0000000f0000000f);
+      Words codes = unpack(load_bits<BytePairs>(t.codes + (first + block) * (kBlock / 2)));
       Words sign = (codes & 8) << 28;
       Floats value = (Floats)((Words)E2M1::decode(codes & 7) | sign) + 0.0f;
       T::store((typename T::Bits*)t.values + (first + block) * kBlock, value * steps[block]);
