@@ -1,4 +1,4 @@
-// NVFP4 for CPUs: the reference's bits from one pass over memory, one block of sixteen elements in one vector.
+// NVFP4 for CPUs: the reference's bits from one pass over memory.
 //
 // Compiled on first use by native.py, called through ctypes, no PyTorch headers. Written with the vector extensions of
 // GCC and Clang, so one source serves AVX2, AVX-512 and NEON; little-endian machines only, as checkpoints are.
@@ -9,44 +9,28 @@
 // Adding a number so large that its last mantissa bit is worth u rounds to a multiple of u, to nearest, ties to even;
 // subtracting it again leaves the rounded value. Where u is the last place of a value in a smaller format, set by the
 // power of two at or below the value, the bits that the addition left are the value's code in that format.
+//
+// Work goes by groups of sixteen blocks, whose scales fit one vector, and in them by pairs of blocks: of 32 elements one
+// vector takes those with an even index, another those with an odd one. Then the two codes of a byte, and two elements
+// of sixteen bits, stand in the same lane, and nothing has to change lanes to be packed.
 
 #include <cstdint>
 #include <cstring>
 
 namespace {
 
-constexpr int kBlock = 16;  // elements in a block, lanes in a vector, and blocks whose scales are computed together
+constexpr int kLanes = 16;               // of a vector; also elements of a block, and blocks of a group
+constexpr int kGroup = kLanes * kLanes;  // elements
 
-typedef float Floats __attribute__((vector_size(4 * kBlock)));
-typedef uint32_t Words __attribute__((vector_size(4 * kBlock)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kBlock)));
-typedef uint8_t Bytes __attribute__((vector_size(kBlock)));
-typedef uint32_t WordPairs __attribute__((vector_size(2 * kBlock)));  // eight: a pair of elements each
-typedef uint16_t HalfPairs __attribute__((vector_size(kBlock)));
-typedef uint8_t BytePairs __attribute__((vector_size(kBlock / 2)));
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 constexpr uint32_t kSign = 0x80000000, kExponent = 0x7f800000, kQuietNan = 0x7fc00000;
 
 inline Floats splat(float value) { return Floats{} + value; }
-
-inline Halves narrow(Words words) { return __builtin_convertvector(words, Halves); }
-inline Words widen(Halves halves) { return __builtin_convertvector(halves, Words); }
-
-// By steps of two: GCC moves lane by lane what it shall convert by more.
-inline Bytes narrow_to_bytes(Words words) { return __builtin_convertvector(narrow(words), Bytes); }
-inline Words widen_bytes(Bytes bytes) { return widen(__builtin_convertvector(bytes, Halves)); }
-
-// Two codes to a byte, the one of the even element low.
-inline BytePairs pack(Words codes) {
-  WordPairs pairs = (WordPairs)narrow(codes);
-  pairs |= pairs >> 12;
-  return __builtin_convertvector(__builtin_convertvector(pairs, HalfPairs), BytePairs);
-}
-
-inline Words unpack(BytePairs bytes) {
-  WordPairs pairs = __builtin_convertvector(__builtin_convertvector(bytes, HalfPairs), WordPairs);
-  return widen((Halves)((pairs | (pairs << 12)) & 0x000f000f));
-}
+inline Words splat(uint32_t value) { return Words{} + value; }
 
 template <typename Vector>
 inline Vector load_bits(const void* from) {
@@ -59,6 +43,32 @@ template <typename Vector>
 inline void store_bits(void* to, Vector bits) {
   std::memcpy(to, &bits, sizeof bits);
 }
+
+#if defined(__clang__)
+#define MEGAQAD_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MEGAQAD_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Words{__VA_ARGS__})
+#endif
+
+// Of the 32 words of a and b: those with an even index, those with an odd one; and back.
+inline Words evens(Words a, Words b) {
+  return MEGAQAD_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+inline Words odds(Words a, Words b) {
+  return MEGAQAD_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+inline Words first_half(Words even, Words odd) {
+  return MEGAQAD_SHUFFLE(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+inline Words second_half(Words even, Words odd) {
+  return MEGAQAD_SHUFFLE(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+
+// By steps of two: GCC moves lane by lane what it shall convert by more.
+inline Bytes narrow(Words words) { return __builtin_convertvector(__builtin_convertvector(words, Halves), Bytes); }
+inline Words widen(Bytes bytes) { return __builtin_convertvector(__builtin_convertvector(bytes, Halves), Words); }
+
+inline Words larger(Words a, Words b) { return a > b ? a : b; }
 
 // A format of kMantissa explicit mantissa bits whose least normal number has the float32 bits kLeast.
 template <int kMantissa, uint32_t kLeast>
@@ -73,8 +83,7 @@ struct Format {
   // Of non-negative numbers, ties to even. Beyond the format's range it goes on as if the exponent had more bits; of NaN
   // the value is NaN and the code nothing.
   static inline Rounded round(Floats a) {
-    Words power = (Words)a & kExponent;
-    power = power > kLeast ? power : Words{} + kLeast;
+    Words power = larger((Words)a & kExponent, splat(kLeast));
     Words large = power + (uint32_t(kShift) << 23);
     Floats total = a + (Floats)large;
     return {total - (Floats)large, (Words)total - large + ((power - kLeast) >> kShift)};
@@ -88,101 +97,172 @@ struct Format {
   }
 };
 
-using E2M1 = Format<1, 0x3f800000>;  // from 2^0
-using E4M3 = Format<3, 0x3c800000>;  // from 2^-6
+using E2M1 = Format<1, 0x3f800000>;   // from 2^0
+using E4M3 = Format<3, 0x3c800000>;   // from 2^-6
 using Half = Format<10, 0x38800000>;  // from 2^-14
 
-// How elements lie in memory. `Bits` hold one; `Row` sixteen; `widen` takes their bits without sign to float32.
+// The even and the odd elements of two blocks; lanes 0 to 7 belong to the first block, 8 to 15 to the second.
+struct Pair {
+  Floats even, odd;
+};
+
+// How elements lie in memory.
 
 struct Float32 {
   using Bits = uint32_t;
-  static constexpr Bits kMagnitude = 0x7fffffff;
-  static inline Floats widen(Words magnitudes) { return (Floats)magnitudes; }
-  static inline Floats load(const Bits* from) { return load_bits<Floats>(from); }
-  static inline void store(Bits* to, Floats value) { store_bits(to, value); }
+  static inline Pair load(const Bits* from) {
+    Words a = load_bits<Words>(from), b = load_bits<Words>(from + kLanes);
+    return {(Floats)evens(a, b), (Floats)odds(a, b)};
+  }
+  static inline void store(Bits* to, Pair values) {
+    store_bits(to, first_half((Words)values.even, (Words)values.odd));
+    store_bits(to + kLanes, second_half((Words)values.even, (Words)values.odd));
+  }
 };
 
 struct Bfloat16 {
   using Bits = uint16_t;
-  static constexpr Bits kMagnitude = 0x7fff;
-  static inline Floats widen(Words magnitudes) { return (Floats)(magnitudes << 16); }
-  static inline Floats load(const Bits* from) {
-    return (Floats)(::widen(load_bits<Halves>(from)) << 16);
+  static inline Pair load(const Bits* from) {
+    Words words = load_bits<Words>(from);
+    return {(Floats)(words << 16), (Floats)(words & 0xffff0000)};
   }
-  static inline void store(Bits* to, Floats value) {
-    Words bits = (Words)value;  // kQuietNan, of either sign, comes out as NaN; others might not
-    store_bits(to, narrow((bits + 0x7fff + ((bits >> 16) & 1)) >> 16));
+  static inline Words round(Floats value) {  // kQuietNan, of either sign, stays NaN; others might not
+    Words bits = (Words)value;
+    return bits + 0x7fff + ((bits >> 16) & 1);
+  }
+  static inline void store(Bits* to, Pair values) {
+    store_bits(to, (round(values.even) >> 16) | (round(values.odd) & 0xffff0000));
   }
 };
 
 struct Float16 {
   using Bits = uint16_t;
-  static constexpr Bits kMagnitude = 0x7fff;
-  static inline Floats widen(Words magnitudes) {
-    Words special = (magnitudes << Half::kShift) | kExponent;  // infinity and NaN
-    return magnitudes < 0x7c00 ? Half::decode(magnitudes) : (Floats)special;
+  static inline Floats decode(Words bits) {
+    Words code = bits & 0x7fff, special = (code << Half::kShift) | kExponent;  // infinity and NaN
+    Words magnitude = code < 0x7c00 ? (Words)Half::decode(code) : special;
+    return (Floats)(magnitude | ((bits & 0x8000) << 16));
   }
-  static inline Floats load(const Bits* from) {
-    Words bits = ::widen(load_bits<Halves>(from));
-    return (Floats)((Words)widen(bits & kMagnitude) | ((bits & 0x8000) << 16));
-  }
-  static inline void store(Bits* to, Floats value) {
+  static inline Words encode(Floats value) {
     Floats a = (Floats)((Words)value & ~kSign);
     Words code = Half::round(a < 65536.0f ? a : splat(65536.0f)).code;  // that is infinity's code
-    code = value == value ? code : Words{} + 0x7e00;
-    store_bits(to, narrow(code | (((Words)value & kSign) >> 16)));
+    code = value == value ? code : splat(0x7e00u);
+    return code | (((Words)value & kSign) >> 16);
+  }
+  static inline Pair load(const Bits* from) {
+    Words words = load_bits<Words>(from);
+    return {decode(words & 0xffff), decode(words >> 16)};
+  }
+  static inline void store(Bits* to, Pair values) {
+    store_bits(to, encode(values.even) | (encode(values.odd) << 16));
   }
 };
 
-// Bits of a block's largest magnitude: those of non-negative floats order as the floats do, NaN above infinity.
+// Largest magnitude of each of sixteen blocks. Bits of non-negative floats order as the floats do, NaN above infinity.
 template <typename T>
-inline uint32_t largest(const typename T::Bits* block) {
-  typename T::Bits best = 0;
-  for (int lane = 0; lane < kBlock; ++lane) {
-    typename T::Bits magnitude = block[lane] & T::kMagnitude;
-    best = magnitude > best ? magnitude : best;
+inline Floats largest(const typename T::Bits* x) {
+  Words best[kLanes / 2];  // of a pair of blocks, eight lanes each
+  for (int pair = 0; pair < kLanes / 2; ++pair) {
+    Pair values = T::load(x + 2 * kLanes * pair);
+    best[pair] = larger((Words)values.even & ~kSign, (Words)values.odd & ~kSign);
   }
-  return best;
+  for (int count = kLanes / 4; count; count /= 2)  // of twice as many blocks, half as many lanes each
+    for (int i = 0; i < count; ++i)
+      best[i] = larger(evens(best[2 * i], best[2 * i + 1]), odds(best[2 * i], best[2 * i + 1]));
+  return (Floats)best[0];
 }
 
 // E4M3 scales of blocks with these amax, which should become 6; 1 for zero. `code` has 0x7f for NaN.
-inline E4M3::Rounded block_scales(Floats amax, float global_scale) {
+inline E4M3::Rounded block_scales(Floats amax, Floats global_scale) {
   Floats ideal = amax / (6.0f * global_scale);
   ideal = ideal == 0.0f ? splat(1.0f) : ideal;
   ideal = ideal < 0x1p-9f ? splat(0x1p-9f) : ideal;
   ideal = ideal > 448.0f ? splat(448.0f) : ideal;
   E4M3::Rounded rounded = E4M3::round(ideal);
-  rounded.code = ideal == ideal ? rounded.code : Words{} + 0x7f;
+  rounded.code = ideal == ideal ? rounded.code : splat(0x7fu);
   return rounded;
 }
 
-// What a block's elements are multiples of; of NaN one only, so that elements need not be asked.
-inline Floats steps_of(Floats scales, float global_scale) {
-  Floats steps = scales * global_scale;
-  return steps == steps ? steps : (Floats)(Words{} + kQuietNan);
-}
+// What the elements of sixteen blocks are multiples of, block by block. Of NaN there is one only, so that elements need
+// not be asked for it.
+struct Steps {
+  float of_block[kLanes];
 
-// One block in units of its scale, to values and codes; either may be null.
-template <typename T>
-inline void quantize_block(const typename T::Bits* x, float scale, typename T::Bits* values, uint8_t* codes) {
-  Words bits = (Words)T::load(x);
-  Words sign = bits & kSign;
-  Floats units = (Floats)(bits & ~kSign) / scale;
-  E2M1::Rounded rounded = E2M1::round(units < 6.0f ? units : splat(6.0f));  // NaN too
-  if (values) T::store(values, (Floats)((Words)rounded.value | sign) * scale + 0.0f);  // + 0: no minus zero
-  if (codes) {
-    store_bits(codes, pack(rounded.code | ((Words)(units > 0.0f) & (sign >> 28))));
+  Steps(Floats scales, Floats global_scale) {
+    Floats steps = scales * global_scale;
+    store_bits(of_block, steps == steps ? steps : (Floats)splat(kQuietNan));
   }
+
+  inline Floats of_pair(int pair) const {
+    const Words second = {0, 0, 0, 0, 0, 0, 0, 0, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
+    return second ? splat(of_block[2 * pair + 1]) : splat(of_block[2 * pair]);
+  }
+};
+
+struct Quantized {
+  Floats value;
+  Words code;
+};
+
+inline Quantized quantize(Floats x, Floats step) {
+  Words sign = (Words)x & kSign;
+  Floats units = (Floats)((Words)x & ~kSign) / step;
+  E2M1::Rounded rounded = E2M1::round(units < 6.0f ? units : splat(6.0f));  // NaN too
+  return {(Floats)((Words)rounded.value | sign) * step + 0.0f,              // + 0: no minus zero
+          rounded.code | ((Words)(units > 0.0f) & (sign >> 28))};
 }
 
-// Where tensors begin; of `values`, `codes` with `scales`, and `chosen`, those not wanted are null.
-struct Tensors {
-  const void* x;             // [blocks, 16]
-  const float* global_scale; // [rows]
-  const float* chosen;       // [blocks]: amax that stand in for the blocks' own
-  void* values;              // [blocks, 16]
-  uint8_t* codes;            // [blocks, 8]
-  uint8_t* scales;           // [blocks]
+// Of a group of blocks, or of the whole: where its parts begin. What is not wanted of them is null.
+template <typename T>
+struct Places {
+  const typename T::Bits* x;  // [blocks, 16]
+  const float* chosen;        // [blocks]: amax that stand in for the blocks' own
+  typename T::Bits* values;   // [blocks, 16]
+  uint8_t* codes;             // [blocks, 8]
+  uint8_t* scales;            // [blocks]
+
+  Places at(int64_t block) const {
+    return {x ? x + block * kLanes : x, chosen ? chosen + block : chosen, values ? values + block * kLanes : values,
+            codes ? codes + block * (kLanes / 2) : codes, scales ? scales + block : scales};
+  }
+};
+
+template <typename T, bool kValues, bool kCodes>
+struct Quantize {
+  static void group(const Places<T>& at, Floats global_scale) {
+    Floats amax = at.chosen ? load_bits<Floats>(at.chosen) : largest<T>(at.x);
+    E4M3::Rounded scales = block_scales(amax, global_scale);
+    Steps steps(scales.value, global_scale);
+    for (int pair = 0; pair < kLanes / 2; ++pair) {
+      Pair x = T::load(at.x + 2 * kLanes * pair);
+      Floats step = steps.of_pair(pair);
+      Quantized even = quantize(x.even, step), odd = quantize(x.odd, step);
+      if (kValues) T::store(at.values + 2 * kLanes * pair, {even.value, odd.value});
+      if (kCodes) store_bits(at.codes + kLanes * pair, narrow(even.code | (odd.code << 4)));
+    }
+    if (kCodes) store_bits(at.scales, narrow(scales.code));
+  }
+};
+
+inline Floats decode_e2m1(Words code) {
+  return (Floats)((Words)E2M1::decode(code & 7) | ((code & 8) << 28)) + 0.0f;  // code 8 is plain zero
+}
+
+inline Floats decode_e4m3(Words code) {
+  Words magnitude = code & 0x7f;
+  Words bits = magnitude == 0x7f ? splat(kQuietNan) : (Words)E4M3::decode(magnitude);
+  return (Floats)(bits | ((code & 0x80) << 24));
+}
+
+template <typename T>
+struct Dequantize {
+  static void group(const Places<T>& at, Floats global_scale) {
+    Steps steps(decode_e4m3(widen(load_bits<Bytes>(at.scales))), global_scale);
+    for (int pair = 0; pair < kLanes / 2; ++pair) {
+      Words bytes = widen(load_bits<Bytes>(at.codes + kLanes * pair));
+      Floats step = steps.of_pair(pair);
+      T::store(at.values + 2 * kLanes * pair, {decode_e2m1(bytes & 15) * step, decode_e2m1(bytes >> 4) * step});
+    }
+  }
 };
 
 struct Shape {
@@ -190,73 +270,41 @@ struct Shape {
   int type, threads;
 };
 
-// Up to sixteen blocks of one row.
-template <typename T, bool kValues, bool kCodes>
-inline void quantize_group(const Tensors& t, int64_t first, int count, float global_scale) {
-  const auto* x = (const typename T::Bits*)t.x + first * kBlock;
-  Floats amax{};
-  if (t.chosen) {
-    std::memcpy(&amax, t.chosen + first, sizeof(float) * count);
-  } else {
-    uint32_t tops[kBlock] = {};
-    for (int block = 0; block < count; ++block) tops[block] = largest<T>(x + block * kBlock);
-    amax = T::widen(load_bits<Words>(tops));
+// The global scale of each of the sixteen blocks from `block` on, the last row's behind the end.
+inline Floats global_scales(const float* of_rows, const Shape& shape, int64_t block) {
+  int64_t row = block / shape.blocks_per_row, left = (row + 1) * shape.blocks_per_row - block;
+  if (left >= kLanes || row + 1 == shape.rows) return splat(of_rows[row]);
+  float scales[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane, --left) {
+    if (left == 0 && row + 1 < shape.rows) ++row, left = shape.blocks_per_row;
+    scales[lane] = of_rows[row];
   }
-  E4M3::Rounded rounded = block_scales(amax, global_scale);
-  float steps[kBlock];
-  store_bits(steps, steps_of(rounded.value, global_scale));
-  for (int block = 0; block < count; ++block)
-    quantize_block<T>(x + block * kBlock, steps[block],
-                      kValues ? (typename T::Bits*)t.values + (first + block) * kBlock : nullptr,
-                      kCodes ? t.codes + (first + block) * (kBlock / 2) : nullptr);
-  if (kCodes) {
-    Bytes bytes = narrow_to_bytes(rounded.code);
-    std::memcpy(t.scales + first, &bytes, count);
-  }
+  return load_bits<Floats>(scales);
 }
 
-// Calls action(first block, number of blocks, row) for every group of up to sixteen blocks of a row.
-template <typename Action>
-inline void for_each_group(const Shape& shape, const Action& action) {
-  const int64_t groups = (shape.blocks_per_row + kBlock - 1) / kBlock;
+// The last group, of fewer blocks than sixteen, in room for sixteen.
+template <typename Work, typename T>
+void rest(const Places<T>& at, Floats global_scale, size_t blocks) {
+  typename T::Bits x[kGroup] = {}, values[kGroup];
+  float chosen[kLanes] = {};
+  uint8_t codes[kGroup / 2] = {}, scales[kLanes] = {};
+  if (at.x) std::memcpy(x, at.x, blocks * kLanes * sizeof x[0]);
+  if (at.chosen) std::memcpy(chosen, at.chosen, blocks * sizeof chosen[0]);
+  if (at.codes) std::memcpy(codes, at.codes, blocks * (kLanes / 2));
+  if (at.scales) std::memcpy(scales, at.scales, blocks);
+  Work::group(Places<T>{x, at.chosen ? chosen : nullptr, values, codes, scales}, global_scale);
+  if (at.values) std::memcpy(at.values, values, blocks * kLanes * sizeof x[0]);
+  if (at.codes) std::memcpy(at.codes, codes, blocks * (kLanes / 2));
+  if (at.scales) std::memcpy(at.scales, scales, blocks);
+}
+
+template <typename Work, typename T>
+void all_groups(const Places<T>& places, const float* global_scale, const Shape& shape) {
+  const int64_t blocks = shape.rows * shape.blocks_per_row, full = blocks / kLanes * kLanes;
 #pragma omp parallel for schedule(static) num_threads(shape.threads)
-  for (int64_t group = 0; group < shape.rows * groups; ++group) {
-    int64_t row = group / groups, block = group % groups * kBlock, rest = shape.blocks_per_row - block;
-    action(row * shape.blocks_per_row + block, rest < kBlock ? int(rest) : kBlock, row);
-  }
-}
-
-template <typename T>
-void quantize(const Tensors& t, const Shape& shape) {
-  auto run = [&](auto group) {
-    for_each_group(shape, [&](int64_t first, int count, int64_t row) { group(first, count, t.global_scale[row]); });
-  };
-  if (!t.codes)
-    run([&](auto... arguments) { quantize_group<T, true, false>(t, arguments...); });
-  else if (!t.values)
-    run([&](auto... arguments) { quantize_group<T, false, true>(t, arguments...); });
-  else
-    run([&](auto... arguments) { quantize_group<T, true, true>(t, arguments...); });
-}
-
-template <typename T>
-void dequantize(const Tensors& t, const Shape& shape) {
-  for_each_group(shape, [&](int64_t first, int count, int64_t row) {
-    uint8_t bytes[kBlock] = {};
-    std::memcpy(bytes, t.scales + first, count);
-    Words code = widen_bytes(load_bits<Bytes>(bytes));
-    Words magnitude = code & 0x7f;
-    Words scale = (Words)E4M3::decode(magnitude) | ((code & 0x80) << 24);
-    scale = magnitude == 0x7f ? Words{} + kQuietNan : scale;
-    float steps[kBlock];
-    store_bits(steps, steps_of((Floats)scale, t.global_scale[row]));
-    for (int block = 0; block < count; ++block) {
-      Words codes = unpack(load_bits<BytePairs>(t.codes + (first + block) * (kBlock / 2)));
-      Words sign = (codes & 8) << 28;
-      Floats value = (Floats)((Words)E2M1::decode(codes & 7) | sign) + 0.0f;
-      T::store((typename T::Bits*)t.values + (first + block) * kBlock, value * steps[block]);
-    }
-  });
+  for (int64_t block = 0; block < full; block += kLanes)
+    Work::group(places.at(block), global_scales(global_scale, shape, block));
+  if (full < blocks) rest<Work>(places.at(full), global_scales(global_scale, shape, full), size_t(blocks - full));
 }
 
 // Calls action with the type of the elements.
@@ -271,12 +319,28 @@ void with_type(int type, const Action& action) {
 
 extern "C" {
 
-void megaqad_nvfp4_quantize(const Tensors* tensors, const Shape* shape) {
-  with_type(shape->type, [&](auto type) { quantize<decltype(type)>(*tensors, *shape); });
+// x and global_scale [rows] to values, or to codes and scales, or to all; `chosen` may be null.
+void megaqad_nvfp4_quantize(const void* x, const float* global_scale, const float* chosen, void* values, uint8_t* codes,
+                            uint8_t* scales, const Shape* shape) {
+  with_type(shape->type, [&](auto type) {
+    using T = decltype(type);
+    using Bits = typename T::Bits;
+    Places<T> places{(const Bits*)x, chosen, (Bits*)values, codes, scales};
+    if (!codes)
+      all_groups<Quantize<T, true, false>>(places, global_scale, *shape);
+    else if (!values)
+      all_groups<Quantize<T, false, true>>(places, global_scale, *shape);
+    else
+      all_groups<Quantize<T, true, true>>(places, global_scale, *shape);
+  });
 }
 
-// From codes, scales and global scale to values.
-void megaqad_nvfp4_dequantize(const Tensors* tensors, const Shape* shape) {
-  with_type(shape->type, [&](auto type) { dequantize<decltype(type)>(*tensors, *shape); });
+void megaqad_nvfp4_dequantize(const uint8_t* codes, const uint8_t* scales, const float* global_scale, void* values,
+                              const Shape* shape) {
+  with_type(shape->type, [&](auto type) {
+    using T = decltype(type);
+    Places<T> places{nullptr, nullptr, (typename T::Bits*)values, (uint8_t*)codes, (uint8_t*)scales};
+    all_groups<Dequantize<T>>(places, global_scale, *shape);
+  });
 }
 }

@@ -25,10 +25,6 @@ _SMALLEST_SHARE = 1 << 14
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class _Tensors(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "global_scale", "chosen", "values", "codes", "scales")]
-
-
 class _Shape(ctypes.Structure):
     _fields_ = [
         ("rows", ctypes.c_int64),
@@ -80,7 +76,7 @@ def dequantize(q: NVFP4Tensor, dtype: torch.dtype) -> Tensor:
     """As ``reference.dequantize``, bit for bit."""
     codes, scales, global_scale = (t.contiguous() for t in (q.codes, q.block_scales, q.global_scale))
     values = torch.empty(q.shape, dtype=dtype)
-    _call("megaqad_nvfp4_dequantize", values, global_scale, values=values, codes=codes, scales=scales)
+    _call("megaqad_nvfp4_dequantize", (codes, scales, global_scale, values), _shape(values, global_scale))
     return values
 
 
@@ -95,25 +91,25 @@ def _quantize(
     if want_codes:
         codes = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8)
         scales = torch.empty((*x.shape[:-1], x.shape[-1] // BLOCK_SIZE), dtype=torch.float8_e4m3fn)
-    _call("megaqad_nvfp4_quantize", x, global_scale, x=x, chosen=chosen, values=values, codes=codes, scales=scales)
+    _call("megaqad_nvfp4_quantize", (x, global_scale, chosen, values, codes, scales), _shape(x, global_scale))
     if codes is None or scales is None:
         return values, None
     return values, NVFP4Tensor(codes, scales, global_scale)
 
 
-def _call(name: str, elements: Tensor, global_scale: Tensor, **tensors: Tensor | None) -> None:
-    """``elements``: what has the shape and the dtype, contiguous; the others as ``Tensors`` in the source names them."""
-    blocks = elements.numel() // BLOCK_SIZE
-    if not blocks:
-        return
-    library = _load()
-    assert not isinstance(library, str), library
+def _shape(elements: Tensor, global_scale: Tensor) -> _Shape:
     rows = global_scale.numel()
-    shape = _Shape(
+    return _Shape(
         rows=rows,
-        blocks_per_row=blocks // rows,
+        blocks_per_row=elements.numel() // BLOCK_SIZE // max(1, rows),
         type=_TYPES[elements.dtype],
         threads=max(1, min(torch.get_num_threads(), elements.numel() // _SMALLEST_SHARE)),
     )
-    addresses = {key: address(tensor) for key, tensor in {"global_scale": global_scale, **tensors}.items()}
-    library[name](ctypes.byref(_Tensors(**addresses)), ctypes.byref(shape))
+
+
+def _call(name: str, tensors: tuple[Tensor | None, ...], shape: _Shape) -> None:
+    """Call with the addresses of ``tensors``, contiguous on the CPU; nothing to do where they are empty."""
+    library = _load()
+    assert not isinstance(library, str), library
+    if shape.rows * shape.blocks_per_row:
+        library[name](*map(address, tensors), ctypes.byref(shape))
