@@ -307,6 +307,21 @@ void all_groups(const Places<T>& places, const float* global_scale, const Shape&
   if (full < blocks) rest<Work>(places.at(full), global_scales(global_scale, shape, full), size_t(blocks - full));
 }
 
+// Bits of the largest magnitude of each row, without sign; see `largest`.
+template <typename Bits>
+void row_maxima(const Bits* x, Bits* out, int64_t rows, int64_t columns, int threads) {
+  constexpr Bits kMagnitude = Bits(-1) >> 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < rows; ++row) {
+    Bits best = 0;
+    for (int64_t column = 0; column < columns; ++column) {
+      Bits magnitude = x[row * columns + column] & kMagnitude;
+      best = magnitude > best ? magnitude : best;
+    }
+    out[row] = best;
+  }
+}
+
 // Calls action with the type of the elements.
 template <typename Action>
 void with_type(int type, const Action& action) {
@@ -341,6 +356,14 @@ void megaqad_nvfp4_dequantize(const uint8_t* codes, const uint8_t* scales, const
     using T = decltype(type);
     Places<T> places{nullptr, nullptr, (typename T::Bits*)values, (uint8_t*)codes, (uint8_t*)scales};
     all_groups<Dequantize<T>>(places, global_scale, *shape);
+  });
+}
+
+// x [rows, columns] to out [rows] of the same type.
+void megaqad_nvfp4_row_amax(const void* x, void* out, int type, int64_t rows, int64_t columns, int threads) {
+  with_type(type, [&](auto element) {
+    using Bits = typename decltype(element)::Bits;
+    row_maxima((const Bits*)x, (Bits*)out, rows, columns, threads);
   });
 }
 }

@@ -39,8 +39,8 @@ def _load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
     loaded = compiled.load(SOURCE, _FLAGS)
     if not isinstance(loaded, str):
-        for function in (loaded.megaqad_nvfp4_quantize, loaded.megaqad_nvfp4_dequantize):
-            function.restype = None
+        loaded.megaqad_nvfp4_quantize.restype = loaded.megaqad_nvfp4_dequantize.restype = None
+        loaded.megaqad_nvfp4_row_amax.restype = None
     return loaded
 
 
@@ -76,8 +76,19 @@ def dequantize(q: NVFP4Tensor, dtype: torch.dtype) -> Tensor:
     """As ``reference.dequantize``, bit for bit."""
     codes, scales, global_scale = (t.contiguous() for t in (q.codes, q.block_scales, q.global_scale))
     values = torch.empty(q.shape, dtype=dtype)
-    _call("megaqad_nvfp4_dequantize", (codes, scales, global_scale, values), _shape(values, global_scale))
+    shape, addresses = _shape(values, global_scale), map(address, (codes, scales, global_scale, values))
+    if values.numel():
+        _library().megaqad_nvfp4_dequantize(*addresses, ctypes.byref(shape))
     return values
+
+
+def row_amax(x: Tensor) -> Tensor:
+    """As ``format.row_amax``, bit for bit but for the payload of NaN."""
+    x = x.detach().contiguous()
+    out = x.new_empty((*x.shape[:-1], 1))
+    sizes = ctypes.c_int64(out.numel()), ctypes.c_int64(x.shape[-1])
+    _library().megaqad_nvfp4_row_amax(address(x), address(out), _TYPES[x.dtype], *sizes, _threads(x))
+    return out.float()
 
 
 def _quantize(
@@ -91,7 +102,9 @@ def _quantize(
     if want_codes:
         codes = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8)
         scales = torch.empty((*x.shape[:-1], x.shape[-1] // BLOCK_SIZE), dtype=torch.float8_e4m3fn)
-    _call("megaqad_nvfp4_quantize", (x, global_scale, chosen, values, codes, scales), _shape(x, global_scale))
+    shape, addresses = _shape(x, global_scale), map(address, (x, global_scale, chosen, values, codes, scales))
+    if x.numel():
+        _library().megaqad_nvfp4_quantize(*addresses, ctypes.byref(shape))
     if codes is None or scales is None:
         return values, None
     return values, NVFP4Tensor(codes, scales, global_scale)
@@ -103,13 +116,15 @@ def _shape(elements: Tensor, global_scale: Tensor) -> _Shape:
         rows=rows,
         blocks_per_row=elements.numel() // BLOCK_SIZE // max(1, rows),
         type=_TYPES[elements.dtype],
-        threads=max(1, min(torch.get_num_threads(), elements.numel() // _SMALLEST_SHARE)),
+        threads=_threads(elements),
     )
 
 
-def _call(name: str, tensors: tuple[Tensor | None, ...], shape: _Shape) -> None:
-    """Call with the addresses of ``tensors``, contiguous on the CPU; nothing to do where they are empty."""
+def _threads(elements: Tensor) -> int:
+    return max(1, min(torch.get_num_threads(), elements.numel() // _SMALLEST_SHARE))
+
+
+def _library() -> ctypes.CDLL:
     library = _load()
     assert not isinstance(library, str), library
-    if shape.rows * shape.blocks_per_row:
-        library[name](*map(address, tensors), ctypes.byref(shape))
+    return library
