@@ -29,7 +29,7 @@ typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 constexpr uint32_t kSign = 0x80000000, kExponent = 0x7f800000, kQuietNan = 0x7fc00000;
 
-inline Floats splat(float value) { return Floats{} + value; }
+inline Floats splat(float value) { return value - Floats{}; }  // + would turn -0 into 0
 inline Words splat(uint32_t value) { return Words{} + value; }
 
 template <typename Vector>

@@ -1,6 +1,10 @@
 """The implementations under test, as pytest parameters; one that cannot run here skips and says why."""
 
 import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -18,3 +22,13 @@ NATIVE = pytest.param(
 )
 FAST = ("torch", NATIVE, TRITON)
 ALL = ("reference", *FAST)
+
+
+def run_python(program: str, **environment: str | None) -> str:
+    """Standard output of ``program`` in a fresh interpreter, whose environment differs as given (None removes)."""
+    env = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

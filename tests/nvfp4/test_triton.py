@@ -2,10 +2,6 @@
 
 import ctypes
 import json
-import os
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -13,19 +9,9 @@ import torch
 
 from megaqad.nvfp4 import quantize
 from tests.nvfp4.data import MIDPOINTS
-from tests.nvfp4.implementations import TRITON_IS_MISSING
+from tests.nvfp4.implementations import TRITON_IS_MISSING, run_python
 
 needs_triton = pytest.mark.skipif(TRITON_IS_MISSING, reason="triton is not installed")
-
-
-def run_python(program: str, **environment: str | None) -> str:
-    """Standard output of ``program`` in a fresh interpreter, whose environment differs as given (None removes)."""
-    env = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, env=env, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_division_by_fused_multiply_add_is_division():
