@@ -10,17 +10,43 @@
 // subtracting it again leaves the rounded value. Where u is the last place of a value in a smaller format, set by the
 // power of two at or below the value, the bits that the addition left are the value's code in that format.
 //
-// Work goes by groups of sixteen blocks, whose scales fit one vector, and in them by pairs of blocks: of 32 elements one
-// vector takes those with an even index, another those with an odd one. Then the two codes of a byte, and two elements
-// of sixteen bits, stand in the same lane, and nothing has to change lanes to be packed.
+// Work goes by groups of sixteen blocks, whose scales are computed together, and in them by pairs of vectors: of twice as
+// many elements as a vector has lanes, one takes those with an even index, the other those with an odd one. Then the two
+// codes of a byte, and two elements of sixteen bits, stand in the same lane, and nothing has to change lanes to be packed.
 
 #include <cstdint>
 #include <cstring>
 
 namespace {
 
-constexpr int kLanes = 16;               // of a vector; also elements of a block, and blocks of a group
-constexpr int kGroup = kLanes * kLanes;  // elements
+constexpr int kBlock = 16;                // elements
+constexpr int kBlocks = 16;               // of a group
+constexpr int kGroup = kBlocks * kBlock;  // elements
+
+// As many lanes as a register has: GCC takes wider vectors apart, some operations lane by lane.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#define MEGAQAD_EVENS 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define MEGAQAD_ODDS 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#define MEGAQAD_FIRST_HALF 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define MEGAQAD_SECOND_HALF 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#define MEGAQAD_EVENS 0, 2, 4, 6, 8, 10, 12, 14
+#define MEGAQAD_ODDS 1, 3, 5, 7, 9, 11, 13, 15
+#define MEGAQAD_FIRST_HALF 0, 8, 1, 9, 2, 10, 3, 11
+#define MEGAQAD_SECOND_HALF 4, 12, 5, 13, 6, 14, 7, 15
+#else
+constexpr int kLanes = 4;
+#define MEGAQAD_EVENS 0, 2, 4, 6
+#define MEGAQAD_ODDS 1, 3, 5, 7
+#define MEGAQAD_FIRST_HALF 0, 4, 1, 5
+#define MEGAQAD_SECOND_HALF 2, 6, 3, 7
+#endif
+
+constexpr int kStride = 2 * kLanes;          // elements of a pair of vectors
+constexpr int kPairs = kGroup / kStride;     // of a group
+constexpr int kVectors = kBlocks / kLanes;   // of numbers that a group has one of per block
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
@@ -50,19 +76,11 @@ inline void store_bits(void* to, Vector bits) {
 #define MEGAQAD_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Words{__VA_ARGS__})
 #endif
 
-// Of the 32 words of a and b: those with an even index, those with an odd one; and back.
-inline Words evens(Words a, Words b) {
-  return MEGAQAD_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-}
-inline Words odds(Words a, Words b) {
-  return MEGAQAD_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-}
-inline Words first_half(Words even, Words odd) {
-  return MEGAQAD_SHUFFLE(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-}
-inline Words second_half(Words even, Words odd) {
-  return MEGAQAD_SHUFFLE(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-}
+// Of the words of a and b, one behind the other: those with an even index, those with an odd one; and back.
+inline Words evens(Words a, Words b) { return MEGAQAD_SHUFFLE(a, b, MEGAQAD_EVENS); }
+inline Words odds(Words a, Words b) { return MEGAQAD_SHUFFLE(a, b, MEGAQAD_ODDS); }
+inline Words first_half(Words even, Words odd) { return MEGAQAD_SHUFFLE(even, odd, MEGAQAD_FIRST_HALF); }
+inline Words second_half(Words even, Words odd) { return MEGAQAD_SHUFFLE(even, odd, MEGAQAD_SECOND_HALF); }
 
 // By steps of two: GCC moves lane by lane what it shall convert by more.
 inline Bytes narrow(Words words) { return __builtin_convertvector(__builtin_convertvector(words, Halves), Bytes); }
@@ -101,7 +119,7 @@ using E2M1 = Format<1, 0x3f800000>;   // from 2^0
 using E4M3 = Format<3, 0x3c800000>;   // from 2^-6
 using Half = Format<10, 0x38800000>;  // from 2^-14
 
-// The even and the odd elements of two blocks; lanes 0 to 7 belong to the first block, 8 to 15 to the second.
+// The even and the odd of kStride elements.
 struct Pair {
   Floats even, odd;
 };
@@ -157,18 +175,18 @@ struct Float16 {
   }
 };
 
-// Largest magnitude of each of sixteen blocks. Bits of non-negative floats order as the floats do, NaN above infinity.
+// Largest magnitude of each block of a group. Bits of non-negative floats order as the floats do, NaN above infinity.
 template <typename T>
-inline Floats largest(const typename T::Bits* x) {
-  Words best[kLanes / 2];  // of a pair of blocks, eight lanes each
-  for (int pair = 0; pair < kLanes / 2; ++pair) {
-    Pair values = T::load(x + 2 * kLanes * pair);
+inline void largest(const typename T::Bits* x, float* of_blocks) {
+  Words best[kPairs];
+  for (int pair = 0; pair < kPairs; ++pair) {
+    Pair values = T::load(x + kStride * pair);
     best[pair] = larger((Words)values.even & ~kSign, (Words)values.odd & ~kSign);
   }
-  for (int count = kLanes / 4; count; count /= 2)  // of twice as many blocks, half as many lanes each
-    for (int i = 0; i < count; ++i)
+  for (int left = kPairs / 2; left >= kVectors; left /= 2)  // a block has neighbouring lanes, half as many each time
+    for (int i = 0; i < left; ++i)
       best[i] = larger(evens(best[2 * i], best[2 * i + 1]), odds(best[2 * i], best[2 * i + 1]));
-  return (Floats)best[0];
+  for (int i = 0; i < kVectors; ++i) store_bits(of_blocks + kLanes * i, best[i]);
 }
 
 // E4M3 scales of blocks with these amax, which should become 6; 1 for zero. `code` has 0x7f for NaN.
@@ -182,21 +200,23 @@ inline E4M3::Rounded block_scales(Floats amax, Floats global_scale) {
   return rounded;
 }
 
-// What the elements of sixteen blocks are multiples of, block by block. Of NaN there is one only, so that elements need
-// not be asked for it.
-struct Steps {
-  float of_block[kLanes];
+// What elements are multiples of, from the scales of their blocks. There is one NaN only, so that elements need not be
+// asked for others.
+inline Floats steps_of(Floats scales, Floats global_scales) {
+  Floats steps = scales * global_scales;
+  return steps == steps ? steps : (Floats)splat(kQuietNan);
+}
 
-  Steps(Floats scales, Floats global_scale) {
-    Floats steps = scales * global_scale;
-    store_bits(of_block, steps == steps ? steps : (Floats)splat(kQuietNan));
-  }
-
-  inline Floats of_pair(int pair) const {
-    const Words second = {0, 0, 0, 0, 0, 0, 0, 0, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
-    return second ? splat(of_block[2 * pair + 1]) : splat(of_block[2 * pair]);
-  }
-};
+// From the steps of a group's blocks, those of one pair's lanes.
+inline Floats steps_of_pair(const float* of_blocks, int pair) {
+  const float* first = of_blocks + pair * kStride / kBlock;
+#if defined(__AVX512F__)
+  const Words of_second = {0, 0, 0, 0, 0, 0, 0, 0, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
+  return of_second ? splat(first[1]) : splat(first[0]);
+#else
+  return splat(*first);
+#endif
+}
 
 struct Quantized {
   Floats value;
@@ -221,25 +241,32 @@ struct Places {
   uint8_t* scales;            // [blocks]
 
   Places at(int64_t block) const {
-    return {x ? x + block * kLanes : x, chosen ? chosen + block : chosen, values ? values + block * kLanes : values,
-            codes ? codes + block * (kLanes / 2) : codes, scales ? scales + block : scales};
+    return {x ? x + block * kBlock : x, chosen ? chosen + block : chosen, values ? values + block * kBlock : values,
+            codes ? codes + block * (kBlock / 2) : codes, scales ? scales + block : scales};
   }
 };
 
 template <typename T, bool kValues, bool kCodes>
 struct Quantize {
-  static void group(const Places<T>& at, Floats global_scale) {
-    Floats amax = at.chosen ? load_bits<Floats>(at.chosen) : largest<T>(at.x);
-    E4M3::Rounded scales = block_scales(amax, global_scale);
-    Steps steps(scales.value, global_scale);
-    for (int pair = 0; pair < kLanes / 2; ++pair) {
-      Pair x = T::load(at.x + 2 * kLanes * pair);
-      Floats step = steps.of_pair(pair);
+  static void group(const Places<T>& at, const float* global_scales) {
+    float amax[kBlocks], steps[kBlocks];
+    if (at.chosen)
+      std::memcpy(amax, at.chosen, sizeof amax);
+    else
+      largest<T>(at.x, amax);
+    for (int block = 0; block < kBlocks; block += kLanes) {
+      Floats global_scale = load_bits<Floats>(global_scales + block);
+      E4M3::Rounded scales = block_scales(load_bits<Floats>(amax + block), global_scale);
+      store_bits(steps + block, steps_of(scales.value, global_scale));
+      if (kCodes) store_bits(at.scales + block, narrow(scales.code));
+    }
+    for (int pair = 0; pair < kPairs; ++pair) {
+      Pair x = T::load(at.x + kStride * pair);
+      Floats step = steps_of_pair(steps, pair);
       Quantized even = quantize(x.even, step), odd = quantize(x.odd, step);
-      if (kValues) T::store(at.values + 2 * kLanes * pair, {even.value, odd.value});
+      if (kValues) T::store(at.values + kStride * pair, {even.value, odd.value});
       if (kCodes) store_bits(at.codes + kLanes * pair, narrow(even.code | (odd.code << 4)));
     }
-    if (kCodes) store_bits(at.scales, narrow(scales.code));
   }
 };
 
@@ -255,12 +282,16 @@ inline Floats decode_e4m3(Words code) {
 
 template <typename T>
 struct Dequantize {
-  static void group(const Places<T>& at, Floats global_scale) {
-    Steps steps(decode_e4m3(widen(load_bits<Bytes>(at.scales))), global_scale);
-    for (int pair = 0; pair < kLanes / 2; ++pair) {
+  static void group(const Places<T>& at, const float* global_scales) {
+    float steps[kBlocks];
+    for (int block = 0; block < kBlocks; block += kLanes) {
+      Floats scales = decode_e4m3(widen(load_bits<Bytes>(at.scales + block)));
+      store_bits(steps + block, steps_of(scales, load_bits<Floats>(global_scales + block)));
+    }
+    for (int pair = 0; pair < kPairs; ++pair) {
       Words bytes = widen(load_bits<Bytes>(at.codes + kLanes * pair));
-      Floats step = steps.of_pair(pair);
-      T::store(at.values + 2 * kLanes * pair, {decode_e2m1(bytes & 15) * step, decode_e2m1(bytes >> 4) * step});
+      Floats step = steps_of_pair(steps, pair);
+      T::store(at.values + kStride * pair, {decode_e2m1(bytes & 15) * step, decode_e2m1(bytes >> 4) * step});
     }
   }
 };
@@ -270,41 +301,41 @@ struct Shape {
   int type, threads;
 };
 
-// The global scale of each of the sixteen blocks from `block` on, the last row's behind the end.
-inline Floats global_scales(const float* of_rows, const Shape& shape, int64_t block) {
+// Does a group's work, from `block` on, with the global scale of each of its blocks; the last row's behind the end.
+template <typename Work, typename T>
+inline void work_on(const Places<T>& at, const float* of_rows, const Shape& shape, int64_t block) {
+  float scales[kBlocks];
   int64_t row = block / shape.blocks_per_row, left = (row + 1) * shape.blocks_per_row - block;
-  if (left >= kLanes || row + 1 == shape.rows) return splat(of_rows[row]);
-  float scales[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane, --left) {
+  for (int i = 0; i < kBlocks; ++i, --left) {
     if (left == 0 && row + 1 < shape.rows) ++row, left = shape.blocks_per_row;
-    scales[lane] = of_rows[row];
+    scales[i] = of_rows[row];
   }
-  return load_bits<Floats>(scales);
+  Work::group(at, scales);
 }
 
-// The last group, of fewer blocks than sixteen, in room for sixteen.
+// The last group, of fewer blocks than others, in room for all.
 template <typename Work, typename T>
-void rest(const Places<T>& at, Floats global_scale, size_t blocks) {
+void work_on_rest(const Places<T>& at, const float* of_rows, const Shape& shape, int64_t block) {
+  const size_t blocks = size_t(shape.rows * shape.blocks_per_row - block);
   typename T::Bits x[kGroup] = {}, values[kGroup];
-  float chosen[kLanes] = {};
-  uint8_t codes[kGroup / 2] = {}, scales[kLanes] = {};
-  if (at.x) std::memcpy(x, at.x, blocks * kLanes * sizeof x[0]);
+  float chosen[kBlocks] = {};
+  uint8_t codes[kGroup / 2] = {}, scales[kBlocks] = {};
+  if (at.x) std::memcpy(x, at.x, blocks * kBlock * sizeof x[0]);
   if (at.chosen) std::memcpy(chosen, at.chosen, blocks * sizeof chosen[0]);
-  if (at.codes) std::memcpy(codes, at.codes, blocks * (kLanes / 2));
+  if (at.codes) std::memcpy(codes, at.codes, blocks * (kBlock / 2));
   if (at.scales) std::memcpy(scales, at.scales, blocks);
-  Work::group(Places<T>{x, at.chosen ? chosen : nullptr, values, codes, scales}, global_scale);
-  if (at.values) std::memcpy(at.values, values, blocks * kLanes * sizeof x[0]);
-  if (at.codes) std::memcpy(at.codes, codes, blocks * (kLanes / 2));
+  work_on<Work>(Places<T>{x, at.chosen ? chosen : nullptr, values, codes, scales}, of_rows, shape, block);
+  if (at.values) std::memcpy(at.values, values, blocks * kBlock * sizeof x[0]);
+  if (at.codes) std::memcpy(at.codes, codes, blocks * (kBlock / 2));
   if (at.scales) std::memcpy(at.scales, scales, blocks);
 }
 
 template <typename Work, typename T>
-void all_groups(const Places<T>& places, const float* global_scale, const Shape& shape) {
-  const int64_t blocks = shape.rows * shape.blocks_per_row, full = blocks / kLanes * kLanes;
+void work_on_all(const Places<T>& places, const float* of_rows, const Shape& shape) {
+  const int64_t blocks = shape.rows * shape.blocks_per_row, full = blocks / kBlocks * kBlocks;
 #pragma omp parallel for schedule(static) num_threads(shape.threads)
-  for (int64_t block = 0; block < full; block += kLanes)
-    Work::group(places.at(block), global_scales(global_scale, shape, block));
-  if (full < blocks) rest<Work>(places.at(full), global_scales(global_scale, shape, full), size_t(blocks - full));
+  for (int64_t block = 0; block < full; block += kBlocks) work_on<Work>(places.at(block), of_rows, shape, block);
+  if (full < blocks) work_on_rest<Work>(places.at(full), of_rows, shape, full);
 }
 
 // Bits of the largest magnitude of each row, without sign; see `largest`.
@@ -342,11 +373,11 @@ void megaqad_nvfp4_quantize(const void* x, const float* global_scale, const floa
     using Bits = typename T::Bits;
     Places<T> places{(const Bits*)x, chosen, (Bits*)values, codes, scales};
     if (!codes)
-      all_groups<Quantize<T, true, false>>(places, global_scale, *shape);
+      work_on_all<Quantize<T, true, false>>(places, global_scale, *shape);
     else if (!values)
-      all_groups<Quantize<T, false, true>>(places, global_scale, *shape);
+      work_on_all<Quantize<T, false, true>>(places, global_scale, *shape);
     else
-      all_groups<Quantize<T, true, true>>(places, global_scale, *shape);
+      work_on_all<Quantize<T, true, true>>(places, global_scale, *shape);
   });
 }
 
@@ -355,7 +386,7 @@ void megaqad_nvfp4_dequantize(const uint8_t* codes, const uint8_t* scales, const
   with_type(shape->type, [&](auto type) {
     using T = decltype(type);
     Places<T> places{nullptr, nullptr, (typename T::Bits*)values, (uint8_t*)codes, (uint8_t*)scales};
-    all_groups<Dequantize<T>>(places, global_scale, *shape);
+    work_on_all<Dequantize<T>>(places, global_scale, *shape);
   });
 }
 
