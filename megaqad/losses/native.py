@@ -1,4 +1,5 @@
-"""The CPU kernel in C++ (native.cpp): compiled once per machine with the compiler it has, or not at all (compiled.py).
+"""The CPU kernel in C++ (native.cpp): compiled once per machine with the compiler it has, or not at all
+(megaqad/compiled.py).
 
 PyTorch's elementwise operations go over memory about ten times for what one pass can do, and torch.compile needs the
 same C++ compiler as this file. So the kernel is 200 lines of C++ without any header of PyTorch. Measured against

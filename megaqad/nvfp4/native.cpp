@@ -1,14 +1,7 @@
 // NVFP4 for CPUs: the reference's bits from one pass over memory.
 //
-// Compiled on first use by native.py, called through ctypes, no PyTorch headers. Written with the vector extensions of
-// GCC and Clang, so one source serves AVX2, AVX-512 and NEON; little-endian machines only, as checkpoints are.
-//
-// Bit equality rests on IEEE 754: every product, quotient and sum is rounded once to float32, which -ffp-contract=off
-// guarantees, and no flag lets the compiler reorder. Rounding to the formats below float32 is arithmetic too:
-//
-// Adding a number so large that its last mantissa bit is worth u rounds to a multiple of u, to nearest, ties to even;
-// subtracting it again leaves the rounded value. Where u is the last place of a value in a smaller format, set by the
-// power of two at or below the value, the bits that the addition left are the value's code in that format.
+// Compiled on first use by native.py, called through ctypes, no PyTorch headers; little-endian machines only, as
+// checkpoints are. Why the bits are the reference's is in vectors.h.
 //
 // Work goes by groups of sixteen blocks, whose scales are computed together, and in them by pairs of vectors: of twice as
 // many elements as a vector has lanes, one takes those with an even index, the other those with an odd one. Then the two
@@ -17,107 +10,16 @@
 #include <cstdint>
 #include <cstring>
 
+#include "vectors.h"
+
 namespace {
 
-constexpr int kBlock = 16;                // elements
-constexpr int kBlocks = 16;               // of a group
-constexpr int kGroup = kBlocks * kBlock;  // elements
-
-// As many lanes as a register has: GCC takes wider vectors apart, some operations lane by lane.
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#define MEGAQAD_EVENS 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#define MEGAQAD_ODDS 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
-#define MEGAQAD_FIRST_HALF 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define MEGAQAD_SECOND_HALF 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#define MEGAQAD_EVENS 0, 2, 4, 6, 8, 10, 12, 14
-#define MEGAQAD_ODDS 1, 3, 5, 7, 9, 11, 13, 15
-#define MEGAQAD_FIRST_HALF 0, 8, 1, 9, 2, 10, 3, 11
-#define MEGAQAD_SECOND_HALF 4, 12, 5, 13, 6, 14, 7, 15
-#else
-constexpr int kLanes = 4;
-#define MEGAQAD_EVENS 0, 2, 4, 6
-#define MEGAQAD_ODDS 1, 3, 5, 7
-#define MEGAQAD_FIRST_HALF 0, 4, 1, 5
-#define MEGAQAD_SECOND_HALF 2, 6, 3, 7
-#endif
-
-constexpr int kStride = 2 * kLanes;          // elements of a pair of vectors
-constexpr int kPairs = kGroup / kStride;     // of a group
-constexpr int kVectors = kBlocks / kLanes;   // of numbers that a group has one of per block
-
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
-typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-
-constexpr uint32_t kSign = 0x80000000, kExponent = 0x7f800000, kQuietNan = 0x7fc00000;
-
-inline Floats splat(float value) { return value - Floats{}; }  // + would turn -0 into 0
-inline Words splat(uint32_t value) { return Words{} + value; }
-
-template <typename Vector>
-inline Vector load_bits(const void* from) {
-  Vector bits;
-  std::memcpy(&bits, from, sizeof bits);
-  return bits;
-}
-
-template <typename Vector>
-inline void store_bits(void* to, Vector bits) {
-  std::memcpy(to, &bits, sizeof bits);
-}
-
-#if defined(__clang__)
-#define MEGAQAD_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define MEGAQAD_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Words{__VA_ARGS__})
-#endif
-
-// Of the words of a and b, one behind the other: those with an even index, those with an odd one; and back.
-inline Words evens(Words a, Words b) { return MEGAQAD_SHUFFLE(a, b, MEGAQAD_EVENS); }
-inline Words odds(Words a, Words b) { return MEGAQAD_SHUFFLE(a, b, MEGAQAD_ODDS); }
-inline Words first_half(Words even, Words odd) { return MEGAQAD_SHUFFLE(even, odd, MEGAQAD_FIRST_HALF); }
-inline Words second_half(Words even, Words odd) { return MEGAQAD_SHUFFLE(even, odd, MEGAQAD_SECOND_HALF); }
-
-// By steps of two: GCC moves lane by lane what it shall convert by more.
-inline Bytes narrow(Words words) { return __builtin_convertvector(__builtin_convertvector(words, Halves), Bytes); }
-inline Words widen(Bytes bytes) { return __builtin_convertvector(__builtin_convertvector(bytes, Halves), Words); }
-
-inline Words larger(Words a, Words b) { return a > b ? a : b; }
-
-// A format of kMantissa explicit mantissa bits whose least normal number has the float32 bits kLeast.
-template <int kMantissa, uint32_t kLeast>
-struct Format {
-  static constexpr int kShift = 23 - kMantissa;
-
-  struct Rounded {
-    Floats value;
-    Words code;
-  };
-
-  // Of non-negative numbers, ties to even. Beyond the format's range it goes on as if the exponent had more bits; of NaN
-  // the value is NaN and the code nothing.
-  static inline Rounded round(Floats a) {
-    Words power = larger((Words)a & kExponent, splat(kLeast));
-    Words large = power + (uint32_t(kShift) << 23);
-    Floats total = a + (Floats)large;
-    return {total - (Floats)large, (Words)total - large + ((power - kLeast) >> kShift)};
-  }
-
-  // The value of a code without sign.
-  static inline Floats decode(Words code) {
-    Words subnormal = (Words)(code < (1u << kMantissa));  // all ones or zero
-    Words bits = (code << kShift) + kLeast - (~subnormal & 0x00800000);
-    return (Floats)bits - (Floats)(subnormal & kLeast);
-  }
-};
-
-using E2M1 = Format<1, 0x3f800000>;   // from 2^0
-using E4M3 = Format<3, 0x3c800000>;   // from 2^-6
-using Half = Format<10, 0x38800000>;  // from 2^-14
+constexpr int kBlock = 16;                  // elements
+constexpr int kBlocks = 16;                 // of a group
+constexpr int kGroup = kBlocks * kBlock;    // elements
+constexpr int kStride = 2 * kLanes;         // elements of a pair of vectors
+constexpr int kPairs = kGroup / kStride;    // of a group
+constexpr int kVectors = kBlocks / kLanes;  // of numbers that a group has one of per block
 
 // The even and the odd of kStride elements.
 struct Pair {
@@ -175,6 +77,16 @@ struct Float16 {
   }
 };
 
+// Combines neighbours with neighbours until each block of a group has one number. `of_pairs` [kPairs], overwritten, is
+// what its pairs of vectors were combined to. A block has neighbouring lanes there, half as many each time.
+template <typename Combine>
+inline void reduce(Words* of_pairs, float* of_blocks, const Combine& combine) {
+  for (int left = kPairs / 2; left >= kVectors; left /= 2)
+    for (int i = 0; i < left; ++i)
+      of_pairs[i] = combine(evens(of_pairs[2 * i], of_pairs[2 * i + 1]), odds(of_pairs[2 * i], of_pairs[2 * i + 1]));
+  std::memcpy(of_blocks, of_pairs, sizeof(float) * kBlocks);
+}
+
 // Largest magnitude of each block of a group. Bits of non-negative floats order as the floats do, NaN above infinity.
 template <typename T>
 inline void largest(const typename T::Bits* x, float* of_blocks) {
@@ -183,10 +95,7 @@ inline void largest(const typename T::Bits* x, float* of_blocks) {
     Pair values = T::load(x + kStride * pair);
     best[pair] = larger((Words)values.even & ~kSign, (Words)values.odd & ~kSign);
   }
-  for (int left = kPairs / 2; left >= kVectors; left /= 2)  // a block has neighbouring lanes, half as many each time
-    for (int i = 0; i < left; ++i)
-      best[i] = larger(evens(best[2 * i], best[2 * i + 1]), odds(best[2 * i], best[2 * i + 1]));
-  for (int i = 0; i < kVectors; ++i) store_bits(of_blocks + kLanes * i, best[i]);
+  reduce(best, of_blocks, larger);
 }
 
 // E4M3 scales of blocks with these amax, which should become 6; 1 for zero. `code` has 0x7f for NaN.
@@ -239,10 +148,12 @@ struct Places {
   typename T::Bits* values;   // [blocks, 16]
   uint8_t* codes;             // [blocks, 8]
   uint8_t* scales;            // [blocks]
+  float* errors;              // [blocks]
 
   Places at(int64_t block) const {
     return {x ? x + block * kBlock : x, chosen ? chosen + block : chosen, values ? values + block * kBlock : values,
-            codes ? codes + block * (kBlock / 2) : codes, scales ? scales + block : scales};
+            codes ? codes + block * (kBlock / 2) : codes, scales ? scales + block : scales,
+            errors ? errors + block : errors};
   }
 };
 
@@ -296,6 +207,21 @@ struct Dequantize {
   }
 };
 
+// Squared errors of blocks under given steps, one for each block.
+template <typename T>
+struct Errors {
+  static void group(const Places<T>& at, const float* steps) {
+    Words squares[kPairs];  // neighbours first: Python adds them up in this order
+    for (int pair = 0; pair < kPairs; ++pair) {
+      Pair x = T::load(at.x + kStride * pair);
+      Floats step = steps_of_pair(steps, pair);
+      Floats even = quantize(x.even, step).value - x.even, odd = quantize(x.odd, step).value - x.odd;
+      squares[pair] = (Words)(even * even + odd * odd);
+    }
+    reduce(squares, at.errors, [](Words a, Words b) { return (Words)((Floats)a + (Floats)b); });
+  }
+};
+
 struct Shape {
   int64_t rows, blocks_per_row;  // a row is what shares a global scale
   int type, threads;
@@ -320,14 +246,16 @@ void work_on_rest(const Places<T>& at, const float* of_rows, const Shape& shape,
   typename T::Bits x[kGroup] = {}, values[kGroup];
   float chosen[kBlocks] = {};
   uint8_t codes[kGroup / 2] = {}, scales[kBlocks] = {};
+  float errors[kBlocks];
   if (at.x) std::memcpy(x, at.x, blocks * kBlock * sizeof x[0]);
   if (at.chosen) std::memcpy(chosen, at.chosen, blocks * sizeof chosen[0]);
   if (at.codes) std::memcpy(codes, at.codes, blocks * (kBlock / 2));
   if (at.scales) std::memcpy(scales, at.scales, blocks);
-  work_on<Work>(Places<T>{x, at.chosen ? chosen : nullptr, values, codes, scales}, of_rows, shape, block);
+  work_on<Work>(Places<T>{x, at.chosen ? chosen : nullptr, values, codes, scales, errors}, of_rows, shape, block);
   if (at.values) std::memcpy(at.values, values, blocks * kBlock * sizeof x[0]);
   if (at.codes) std::memcpy(at.codes, codes, blocks * (kBlock / 2));
   if (at.scales) std::memcpy(at.scales, scales, blocks);
+  if (at.errors) std::memcpy(at.errors, errors, blocks * sizeof errors[0]);
 }
 
 template <typename Work, typename T>
@@ -371,7 +299,7 @@ void megaqad_nvfp4_quantize(const void* x, const float* global_scale, const floa
   with_type(shape->type, [&](auto type) {
     using T = decltype(type);
     using Bits = typename T::Bits;
-    Places<T> places{(const Bits*)x, chosen, (Bits*)values, codes, scales};
+    Places<T> places{(const Bits*)x, chosen, (Bits*)values, codes, scales, nullptr};
     if (!codes)
       work_on_all<Quantize<T, true, false>>(places, global_scale, *shape);
     else if (!values)
@@ -385,8 +313,17 @@ void megaqad_nvfp4_dequantize(const uint8_t* codes, const uint8_t* scales, const
                               const Shape* shape) {
   with_type(shape->type, [&](auto type) {
     using T = decltype(type);
-    Places<T> places{nullptr, nullptr, (typename T::Bits*)values, (uint8_t*)codes, (uint8_t*)scales};
+    Places<T> places{nullptr, nullptr, (typename T::Bits*)values, (uint8_t*)codes, (uint8_t*)scales, nullptr};
     work_on_all<Dequantize<T>>(places, global_scale, *shape);
+  });
+}
+
+// Of blocks that are rows of their own: steps, in place of global scales, to errors.
+void megaqad_nvfp4_squared_errors(const void* x, const float* steps, float* errors, const Shape* shape) {
+  with_type(shape->type, [&](auto type) {
+    using T = decltype(type);
+    Places<T> places{(const typename T::Bits*)x, nullptr, nullptr, nullptr, nullptr, errors};
+    work_on_all<Errors<T>>(places, steps, *shape);
   });
 }
 

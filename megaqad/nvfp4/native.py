@@ -15,7 +15,7 @@ from megaqad import compiled
 from megaqad.compiled import address
 from megaqad.nvfp4.format import BLOCK_SIZE, NVFP4Tensor, global_scale_from_amax, tensor_amax
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("native.cpp", "vectors.h"))
 _FLAGS = ("-std=c++17", "-ffp-contract=off", "-fno-trapping-math")
 """Nothing that changes a result: products and sums stay apart, and only floating-point exception flags are given up."""
 
@@ -37,10 +37,10 @@ class _Shape(ctypes.Structure):
 @functools.cache
 def _load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
-    loaded = compiled.load(SOURCE, _FLAGS)
+    loaded = compiled.load(SOURCE, _FLAGS, (HEADER,))
     if not isinstance(loaded, str):
         loaded.megaqad_nvfp4_quantize.restype = loaded.megaqad_nvfp4_dequantize.restype = None
-        loaded.megaqad_nvfp4_row_amax.restype = None
+        loaded.megaqad_nvfp4_squared_errors.restype = loaded.megaqad_nvfp4_row_amax.restype = None
     return loaded
 
 
@@ -80,6 +80,15 @@ def dequantize(q: NVFP4Tensor, dtype: torch.dtype) -> Tensor:
     if values.numel():
         _library().megaqad_nvfp4_dequantize(*addresses, ctypes.byref(shape))
     return values
+
+
+def squared_errors(blocks: Tensor, scales: Tensor) -> Tensor:
+    """As ``calibration.squared_errors``, bit for bit."""
+    errors = torch.empty_like(scales)
+    if len(blocks):
+        addresses = map(address, (blocks, scales, errors))
+        _library().megaqad_nvfp4_squared_errors(*addresses, ctypes.byref(_shape(blocks, scales)))
+    return errors
 
 
 def row_amax(x: Tensor) -> Tensor:

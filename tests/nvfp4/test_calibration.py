@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from megaqad.nvfp4 import METHODS, choose_scales, dequantize, quantize, row_amax, tensor_amax
+from megaqad.nvfp4 import METHODS, choose_scales, dequantize, native, quantize, row_amax, tensor_amax
+from megaqad.nvfp4.calibration import squared_errors
 from megaqad.nvfp4.reference import decode_e2m1, encode_e2m1
+from tests.nvfp4 import data
 from tests.nvfp4.data import assert_same_bits
-from tests.nvfp4.implementations import ALL, DEVICE, FAST, NATIVE
+from tests.nvfp4.implementations import ALL, DEVICE, FAST, NATIVE, WITHOUT_COMPILER
 
 # Numbers that overflow on purpose make NumPy, which runs Triton's interpreter, warn.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -32,13 +34,27 @@ def block_errors(x, q):
     return (dequantize(q, torch.float32) - x.float()).square().unflatten(-1, (-1, 16)).sum(-1)
 
 
+@pytest.mark.parametrize("impl", ["torch", NATIVE])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_fast_sweep_is_the_whole_sweep(kind):
-    x = weights(kind)
-    found = choose_scales(x, tensor_amax(x), "mse")
-    expected = choose_scales(x, tensor_amax(x), "mse", impl="reference")
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_fast_choice_is_the_reference_s(method, kind, dtype, impl):
+    """Of ``mse`` the whole sweep's; in all bits, for any number of blocks."""
+    x = weights(kind, dtype)
+    for part in (x, x[:3, :16], x[:9, :48]):
+        found = choose_scales(part, tensor_amax(x), method, impl=impl)
+        expected = choose_scales(part, tensor_amax(x), method, impl="reference")
+        assert_same_bits(found[0], expected[0])
+        assert_same_bits(found[1], expected[1])
+
+
+@pytest.mark.skipif(WITHOUT_COMPILER is not None, reason=str(WITHOUT_COMPILER))
+@pytest.mark.parametrize("dtype", data.DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [*data.KINDS, *data.DEGENERATE])
+def test_squared_errors_in_all_bits(kind, dtype):
+    blocks = data.make(kind, dtype).view(-1, 16)[:951].contiguous()
+    scales = blocks.float().abs().amax(-1).clamp_min(2.0**-100) / torch.linspace(2.0, 9.0, len(blocks))
+    assert_same_bits(native.squared_errors(blocks, scales), squared_errors(blocks, scales))
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch", NATIVE])
