@@ -16,9 +16,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON_IS_MISSING = importlib.util.find_spec("triton") is None
 
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(TRITON_IS_MISSING, reason="triton is not installed"))
-WITHOUT_COMPILER = native.unavailable() if DEVICE.type == "cpu" else "the tensors are on the GPU"
+WITHOUT_COMPILER = native.unavailable()
+_NOT_NATIVE = WITHOUT_COMPILER if DEVICE.type == "cpu" else "the tensors are on the GPU"
 NATIVE = pytest.param(
-    "native", marks=pytest.mark.skipif(WITHOUT_COMPILER is not None, reason=f"impl='native': {WITHOUT_COMPILER}")
+    "native", marks=pytest.mark.skipif(_NOT_NATIVE is not None, reason=f"impl='native': {_NOT_NATIVE}")
 )
 FAST = ("torch", NATIVE, TRITON)
 ALL = ("reference", *FAST)
