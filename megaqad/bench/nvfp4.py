@@ -23,7 +23,9 @@ from megaqad.nvfp4 import (
     dequantize,
     fake_quantize,
     fake_quantize_packed,
+    native,
     quantize,
+    row_amax,
     tensor_amax,
 )
 
@@ -37,7 +39,8 @@ Contestants = dict[str, Callable[[], object]]
 class _Operation:
     name: str
     amax: str
-    """``own``: found in the input on every call. ``given``: known beforehand. ``none``: not needed."""
+    """``own``: found in the input on every call. ``rows``: each row's own. ``given``: known beforehand. ``none``: not
+    needed."""
     bytes_moved: int
     contestants: Contestants
 
@@ -60,7 +63,7 @@ def bench_nvfp4(
         seed: of the random inputs, normal with standard deviation 0.02.
 
     Yields:
-        ``operation``, ``amax`` (``own``, ``given`` or ``none``), ``impl``, ``shape``, ``dtype``, ``device``,
+        ``operation``, ``amax`` (``own``, ``rows``, ``given`` or ``none``), ``impl``, ``shape``, ``dtype``, ``device``,
         ``threads``, ``repeats``, ``seconds`` (median), ``seconds_min``, ``gigabytes_per_second``, and the ratios
         ``speedup_over_reference``, ``speedup_over_modelopt`` (null where ModelOpt has no such operation), ``of_copy``.
 
@@ -80,7 +83,11 @@ def bench_nvfp4(
 
 
 def _operations(x: Tensor) -> Iterator[_Operation]:
-    impls: tuple[Impl, ...] = ("reference", "torch", "triton") if x.is_cuda else ("reference", "torch")
+    impls: list[Impl] = ["reference", "torch"]
+    if x.is_cuda:
+        impls.append("triton")
+    elif native.unavailable() is None:
+        impls.append("native")
     given = tensor_amax(x)
     q = quantize(x)
     whole, packed = x.nbytes, q.nbytes
@@ -100,11 +107,16 @@ def _operations(x: Tensor) -> Iterator[_Operation]:
         2 * whole,
         ours(fake_quantize, x, given) | modelopt(_modelopt_round_trip, x, q.global_scale),
     )
+    yield _Operation("fake_quantize", "rows", 3 * whole, ours(_fake_quantize_rows, x))
     yield _Operation("quantize", "own", 2 * whole + packed, ours(quantize, x) | modelopt(_modelopt_quantize, x, None))
     yield _Operation("fake_quantize_packed", "given", 2 * whole + packed, ours(fake_quantize_packed, x, given))
     yield _Operation(
         "dequantize", "none", packed + whole, ours(dequantize, q, x.dtype) | modelopt(_modelopt_dequantize, q, x.dtype)
     )
+
+
+def _fake_quantize_rows(x: Tensor, impl: Impl) -> Tensor:
+    return fake_quantize(x, row_amax(x), impl=impl)
 
 
 def _modelopt_quantize(x: Tensor, global_scale: Tensor | None) -> NVFP4Tensor:

@@ -7,9 +7,8 @@ does not grow with tokens x vocabulary. `vocab_parallel_kl` is the same loss of 
 | file | what |
 |---|---|
 | kl.py | the mathematics of sharded KL; `vocab_parallel_kl` |
-| blocks.py | its two local reductions in PyTorch; native.py in C++; kernels.py chooses |
+| blocks.py | its two local reductions in PyTorch; native.py in C++ (../compiled.py compiles it); kernels.py chooses |
 | linear.py | the chunked engine that fuses a loss with the heads; gemm.py (with products.py), inputs.py serve it |
-| compiled.py | compiles native.cpp and products.cpp |
 | objectives/ | what can be minimized: KL both ways, Jensen-Shannon, logit MSE, cross entropy, mixtures |
 | hidden.py | cosine distance and linear CKA of hidden states, for any pipeline stage |
 | metrics.py | `compare_heads` |

@@ -1,4 +1,5 @@
-"""The CPU kernel in C++ (native.cpp): compiled once per machine with the compiler it has, or not at all (compiled.py).
+"""The CPU kernel in C++ (native.cpp): compiled once per machine with the compiler it has, or not at all
+(megaqad/compiled.py).
 
 PyTorch's elementwise operations go over memory about ten times for what one pass can do, and torch.compile needs the
 same C++ compiler as this file. So the kernel is 300 lines of C++ without any header of PyTorch. Measured against
@@ -13,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megaqad.losses import compiled
-from megaqad.losses.compiled import address
+from megaqad import compiled
+from megaqad.compiled import address
 
 SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ("-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megaqad.losses import compiled
-from megaqad.losses.compiled import address
+from megaqad import compiled
+from megaqad.compiled import address
 
 SOURCE = Path(__file__).with_name("products.cpp")
 _TORCH = Path(torch.__file__).parent

@@ -1,13 +1,12 @@
 """The NVFP4 number format: one definition, bit for bit what checkpoints hold and engines read."""
 
-from megaqad.nvfp4.api import Impl, dequantize, fake_quantize, fake_quantize_packed, quantize
+from megaqad.nvfp4.api import Impl, dequantize, fake_quantize, fake_quantize_packed, quantize, row_amax
 from megaqad.nvfp4.calibration import METHODS, choose_scales
 from megaqad.nvfp4.format import (
     BLOCK_SIZE,
     NVFP4Tensor,
     check_finite,
     global_scale_from_amax,
-    row_amax,
     tensor_amax,
 )
 from megaqad.nvfp4.straight_through import straight_through

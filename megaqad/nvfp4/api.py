@@ -1,34 +1,39 @@
-"""The four functions callers use, and the choice between implementations behind them.
+"""The functions callers use, and the choice between implementations behind them.
 
 Every implementation gives the same bits; they differ in speed and in where they run:
 
     reference   plain PyTorch, any device, the definition
-    torch       vectorised PyTorch in cache-sized pieces, any device, the default on CPU
+    torch       vectorised PyTorch in cache-sized pieces, any device
+    native      C++ compiled on first use, the default on the CPU where there is a compiler
     triton      one kernel, CUDA, the default there when Triton is installed
 
-``impl="auto"`` picks by the tensor's device; what the Triton kernels do not have (block scales that were chosen, a
-global scale for each row) ``torch`` does on every device. Nothing here waits for a device.
+``impl="auto"`` picks by the tensor's device, and takes ``torch`` where the default is not to be had. Nothing here waits
+for a device.
 """
 
 import functools
 import importlib
 import importlib.util
-from typing import Literal, Protocol, cast
+import logging
+from typing import Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
 
-from megaqad.nvfp4 import reference, vectorized
-from megaqad.nvfp4.format import BLOCK_SIZE, NVFP4Tensor, check_quantizable
+from megaqad.nvfp4 import format as definition
+from megaqad.nvfp4 import native, reference, vectorized
+from megaqad.nvfp4.format import BLOCK_SIZE, SUPPORTED_DTYPES, NVFP4Tensor, check_quantizable
 from megaqad.nvfp4.straight_through import straight_through
 
-Impl = Literal["auto", "reference", "torch", "triton"]
+_log = logging.getLogger(__name__)
+
+Impl = Literal["auto", "reference", "torch", "native", "triton"]
 
 
 class Implementation(Protocol):
     """What a module must define to serve as an implementation. Inputs are already checked; no gradients flow."""
 
-    def quantize(self, x: Tensor, amax: Tensor | None) -> NVFP4Tensor: ...
+    def quantize(self, x: Tensor, amax: Tensor | None, block_amax: Tensor | None = None) -> NVFP4Tensor: ...
     def dequantize(self, q: NVFP4Tensor, dtype: torch.dtype) -> Tensor: ...
     def fake_quantize(self, x: Tensor, amax: Tensor | None) -> Tensor: ...
     def fake_quantize_packed(self, x: Tensor, amax: Tensor | None) -> tuple[Tensor, NVFP4Tensor]: ...
@@ -38,25 +43,37 @@ def implementation(impl: Impl, device: torch.device) -> Implementation:
     """The module that ``impl`` names, for a tensor on ``device``.
 
     Raises:
-        ValueError: there is no such implementation, or it is Triton's and Triton is not installed.
+        ValueError: there is no such implementation, or what it needs is missing: a CPU and a compiler, or Triton.
     """
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, not {impl!r}")
+    if impl == "auto":
+        return _default(device.type)
     if impl == "reference":
         return reference
     if impl == "torch":
         return vectorized
-    if impl == "auto":
-        return _triton_kernels() if device.type == "cuda" and _triton_is_installed() else vectorized
-    if impl != "triton":
-        raise ValueError(f"impl must be one of auto, reference, torch, triton, not {impl!r}")
+    if impl == "native":
+        reason = native.unavailable() if device.type == "cpu" else f"it runs on the CPU, not on {device}"
+        if reason is not None:
+            raise ValueError(f"impl='native' cannot run: {reason}; use impl='auto'")
+        return native
     if not _triton_is_installed():
         raise ValueError("impl='triton' needs Triton: pip install triton, or use impl='auto'")
     return _triton_kernels()
 
 
-def _implementation_for(impl: Impl, x: Tensor, scales: Tensor | None) -> Implementation:
-    """``implementation`` for ``x``, but one that knows ``scales`` (amax or global scale) of the rows' own."""
-    known = implementation(impl, x.device)
-    return vectorized if scales is not None and scales.dim() and impl != "reference" else known
+@functools.cache
+def _default(device_type: str) -> Implementation:
+    """The fastest that can run there; said once where it is not the one that was meant to."""
+    if device_type == "cuda" and _triton_is_installed():
+        return _triton_kernels()
+    if device_type == "cpu":
+        reason = native.unavailable()
+        if reason is None:
+            return native
+        _log.info("NVFP4 on the CPU uses the slower PyTorch implementation: %s", reason)
+    return vectorized
 
 
 @functools.cache
@@ -94,19 +111,17 @@ def quantize(
             looked for here, since that would wait for the device: see ``check_finite``.
     """
     check_quantizable(x, amax)
-    if block_amax is None:
-        return _implementation_for(impl, x, amax).quantize(x, amax)
-    if amax is None or block_amax.shape != (*x.shape[:-1], x.shape[-1] // BLOCK_SIZE):
+    if block_amax is not None and (amax is None or block_amax.shape != (*x.shape[:-1], x.shape[-1] // BLOCK_SIZE)):
         raise ValueError(
             f"block_amax needs an amax and one value per block of {list(x.shape)}, not shape {list(block_amax.shape)}"
         )
-    return (reference if impl == "reference" else vectorized).quantize(x, amax, block_amax)
+    return implementation(impl, x.device).quantize(x, amax, block_amax)
 
 
 @torch.no_grad()
 def dequantize(q: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16, *, impl: Impl = "auto") -> Tensor:
     """The values of ``q``, ``dtype`` [..., K]: ``e2m1 * (block_scale * global_scale)`` in float32, rounded once."""
-    return _implementation_for(impl, q.codes, q.global_scale).dequantize(q, dtype)
+    return implementation(impl, q.codes.device).dequantize(q, dtype)
 
 
 def fake_quantize(x: Tensor, amax: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
@@ -116,7 +131,7 @@ def fake_quantize(x: Tensor, amax: Tensor | None = None, *, impl: Impl = "auto")
     """
     check_quantizable(x, amax)
     with torch.no_grad():  # an amax that is being learned gets its gradient from its own layer, not from here
-        values = _implementation_for(impl, x, amax).fake_quantize(x, amax)
+        values = implementation(impl, x.device).fake_quantize(x, amax)
     return straight_through(x, values) if torch.is_grad_enabled() and x.requires_grad else values
 
 
@@ -128,4 +143,11 @@ def fake_quantize_packed(x: Tensor, amax: Tensor | None = None, *, impl: Impl = 
     4.5 bits per element instead of 16. No gradient flows through it.
     """
     check_quantizable(x, amax)
-    return _implementation_for(impl, x, amax).fake_quantize_packed(x, amax)
+    return implementation(impl, x.device).fake_quantize_packed(x, amax)
+
+
+def row_amax(x: Tensor) -> Tensor:
+    """Largest magnitude of each row of ``x`` [..., K] as float32 ``[..., 1]``; NaN where the row holds one."""
+    if x.dtype in SUPPORTED_DTYPES and implementation("auto", x.device) is native:
+        return native.row_amax(x)
+    return definition.row_amax(x)

@@ -19,12 +19,14 @@ errors. Both leave at most 14 codes below the max rule's and 9 above. E4M3's sub
 are searched from the smallest scale on.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megaqad.nvfp4 import reference
+from megaqad.nvfp4 import native, reference
+from megaqad.nvfp4.api import Impl, implementation
 from megaqad.nvfp4.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, check_quantizable, global_scale_from_amax
 from megaqad.nvfp4.vectorized import Rounder, block_maxima, pieces
 
@@ -37,15 +39,18 @@ LARGEST_CODE = 126
 _BELOW, _CANDIDATES = 14, 24
 _SUBNORMAL_CODES, _SUBNORMAL_CANDIDATES = 16, 40
 
+Errors = Callable[[Tensor, Tensor], Tensor]
+"""``squared_errors``, or the same in C++."""
+
 
 @torch.no_grad()
-def choose_scales(x: Tensor, amax: Tensor, method: Method, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+def choose_scales(x: Tensor, amax: Tensor, method: Method, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
     """The ``amax`` and ``block_amax`` that ``quantize`` is to take for ``x``.
 
     Args:
         x: [..., K] in the dtype that is exported.
         amax: float32 [], largest magnitude of the whole tensor: over its shards and what engines fuse with it.
-        impl: ``reference`` for the readable form; the same numbers.
+        impl: ``reference`` for the readable form; the same numbers. There is none of Triton's: ``torch`` does it.
 
     Returns:
         float32 [] and float32 [..., K // 16]. Blocks do not see each other: under a common ``amax`` the result of a
@@ -56,11 +61,12 @@ def choose_scales(x: Tensor, amax: Tensor, method: Method, *, impl: str = "auto"
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
     blocks = x.detach().contiguous().view(-1, BLOCK_SIZE)  # [B, 16]
     largest = block_maxima(blocks)
+    errors = native.squared_errors if implementation(impl, x.device) is native else squared_errors
     if method == "four_over_six":
         amax = amax * (E4M3_MAX / FOUR_OVER_SIX_E4M3_MAX)
-        block_amax = _four_or_six(blocks, largest, amax)
+        block_amax = _four_or_six(blocks, largest, amax, errors)
     elif method == "mse":
-        block_amax = (_sweep_all if impl == "reference" else _sweep)(blocks, largest, amax)
+        block_amax = _sweep_all(blocks, amax) if impl == "reference" else _sweep(blocks, largest, amax, errors)
     else:
         block_amax = largest
     block_amax = torch.where(largest == 0, 0.0, block_amax)
@@ -68,15 +74,14 @@ def choose_scales(x: Tensor, amax: Tensor, method: Method, *, impl: str = "auto"
 
 
 def _sum16(squares: Tensor) -> Tensor:
-    """Sum over the last dim of 16, always in the same order: [.., 16] -> [..]."""
+    """Sum over the last dim of 16, always in the same order, neighbours first: [.., 16] -> [..]."""
     while squares.shape[-1] > 1:
-        half = squares.shape[-1] // 2
-        squares = squares[..., :half] + squares[..., half:]
+        squares = squares[..., 0::2] + squares[..., 1::2]
     return squares.squeeze(-1)
 
 
-def _squared_errors(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Of ``blocks`` [B, 16] rounded to E2M1 under ``scales`` float32 [B]: float32 [B]."""
+def squared_errors(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Of contiguous ``blocks`` [B, 16] rounded to E2M1 under ``scales`` float32 [B]: float32 [B]."""
     errors = torch.empty_like(scales)
     for piece in pieces(len(blocks), blocks.device):
         part, scale = blocks[piece].float(), scales[piece].unsqueeze(-1)
@@ -92,36 +97,37 @@ def _e4m3_value(codes: Tensor) -> Tensor:
     return codes.to(torch.uint8).view(torch.float8_e4m3fn).float()
 
 
-def _four_or_six(blocks: Tensor, largest: Tensor, amax: Tensor) -> Tensor:
+def _four_or_six(blocks: Tensor, largest: Tensor, amax: Tensor, errors: Errors) -> Tensor:
     global_scale = global_scale_from_amax(amax)
-    errors = []
-    for block_amax in (largest, largest * 1.5):
-        errors.append(_squared_errors(blocks, reference.block_scales(block_amax, global_scale).float() * global_scale))
-    return torch.where(errors[1] < errors[0], largest * 1.5, largest)
+    six, four = (
+        errors(blocks, reference.block_scales(block_amax, global_scale).float() * global_scale)
+        for block_amax in (largest, largest * 1.5)
+    )
+    return torch.where(four < six, largest * 1.5, largest)
 
 
-def _sweep(blocks: Tensor, largest: Tensor, amax: Tensor) -> Tensor:
+def _sweep(blocks: Tensor, largest: Tensor, amax: Tensor, errors: Errors) -> Tensor:
     global_scale = global_scale_from_amax(amax)
     code = reference.block_scales(largest, global_scale).view(torch.uint8).long()
-    best = _search(blocks, global_scale, code - _BELOW, _CANDIDATES)
+    best = _search(blocks, global_scale, code - _BELOW, _CANDIDATES, errors)
     small = (code < _SUBNORMAL_CODES).nonzero().squeeze(-1)
     if len(small):
-        best[small] = _search(blocks[small], global_scale, torch.ones_like(small), _SUBNORMAL_CANDIDATES)
+        best[small] = _search(blocks[small], global_scale, torch.ones_like(small), _SUBNORMAL_CANDIDATES, errors)
     return _e4m3_value(best) * (E2M1_MAX * global_scale)
 
 
-def _search(blocks: Tensor, global_scale: Tensor, first: Tensor, count: int) -> Tensor:
+def _search(blocks: Tensor, global_scale: Tensor, first: Tensor, count: int, errors: Errors) -> Tensor:
     """The E4M3 code of the least error among ``count`` from ``first`` int64 [B] on; the smaller of equal ones."""
     best, least = first.clamp(1, LARGEST_CODE), torch.full_like(blocks[:, 0], torch.inf, dtype=torch.float32)
     for offset in range(count):
         codes = (first + offset).clamp(1, LARGEST_CODE)
-        errors = _squared_errors(blocks, _e4m3_value(codes) * global_scale)
-        better = errors < least
-        best, least = torch.where(better, codes, best), torch.where(better, errors, least)
+        found = errors(blocks, _e4m3_value(codes) * global_scale)
+        better = found < least
+        best, least = torch.where(better, codes, best), torch.where(better, found, least)
     return best
 
 
-def _sweep_all(blocks: Tensor, largest: Tensor, amax: Tensor) -> Tensor:
+def _sweep_all(blocks: Tensor, amax: Tensor) -> Tensor:
     """The definition of ``mse``: every scale there is."""
     global_scale = global_scale_from_amax(amax)
     candidates = _e4m3_value(torch.arange(1, LARGEST_CODE + 1, device=blocks.device))  # [126]

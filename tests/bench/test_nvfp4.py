@@ -8,6 +8,7 @@ import torch
 from megaqad.bench import nvfp4
 from megaqad.bench.nvfp4 import bench_nvfp4
 from megaqad.nvfp4 import NVFP4Tensor
+from tests.nvfp4.implementations import NATIVE, WITHOUT_COMPILER
 
 
 def test_measurements_are_consistent():
@@ -18,14 +19,15 @@ def test_measurements_are_consistent():
         by_operation[row["operation"], row["amax"]][row["impl"]] = row
     assert set(by_operation) == {
         ("fake_quantize", "own"),
+        ("fake_quantize", "rows"),
         ("fake_quantize", "given"),
         ("quantize", "own"),
         ("fake_quantize_packed", "given"),
         ("dequantize", "none"),
     }
-    for (operation, _), impls in by_operation.items():
-        assert set(impls) >= {"reference", "torch"}
-        assert ("modelopt" in impls) == (operation != "fake_quantize_packed")
+    for (operation, amax), impls in by_operation.items():
+        assert set(impls) - {"modelopt"} == {"reference", "torch"} | ({"native"} if WITHOUT_COMPILER is None else set())
+        assert ("modelopt" in impls) == (operation != "fake_quantize_packed" and amax != "rows")
         reference = impls["reference"]
         for row in impls.values():
             assert 0 < row["seconds_min"] <= row["seconds"]
@@ -41,12 +43,13 @@ def test_measurements_are_consistent():
     assert given["gigabytes_per_second"] * given["seconds"] * 1e9 == pytest.approx(2 * 64 * 64 * 2)
 
 
-def test_the_fast_path_is_fast():
-    """Five times the reference and ModelOpt is promised on an idle machine; three holds on a busy one."""
+@pytest.mark.parametrize(("impl", "times"), [("torch", 3), pytest.param("native", 10, marks=NATIVE.marks)])
+def test_the_fast_paths_are_fast(impl, times):
+    """A third or less of what an idle machine shows, since a busy one must do."""
     rows = bench_nvfp4(shapes=((1024, 1024),), device="cpu", repeats=3)
-    row = next(r for r in rows if (r["operation"], r["impl"]) == ("fake_quantize", "torch"))
-    assert row["speedup_over_reference"] > 3
-    assert row["speedup_over_modelopt"] > 3
+    row = next(r for r in rows if (r["operation"], r["impl"]) == ("fake_quantize", impl))
+    assert row["speedup_over_reference"] > times
+    assert row["speedup_over_modelopt"] > times
 
 
 def test_differing_results_are_not_timed(monkeypatch):

@@ -6,7 +6,7 @@ import torch
 from megaqad.bench.kl import bench_kl
 from megaqad.bench.nvfp4 import bench_nvfp4
 from megaqad.losses import vocab_parallel_kl
-from megaqad.nvfp4 import dequantize, fake_quantize, fake_quantize_packed, quantize, tensor_amax
+from megaqad.nvfp4 import dequantize, fake_quantize, fake_quantize_packed, quantize, row_amax, tensor_amax
 from tests.nvfp4 import data
 from tests.nvfp4.data import DEGENERATE, DTYPES, KINDS, assert_same_bits
 
@@ -15,7 +15,7 @@ from tests.nvfp4.data import DEGENERATE, DTYPES, KINDS, assert_same_bits
 @pytest.mark.parametrize("kind", [*KINDS, *DEGENERATE])
 def test_nvfp4_bits(kind, dtype):
     x = data.make(kind, dtype, 0)
-    for amax in (None, tensor_amax(x) * 0.3, tensor_amax(x) * 5):
+    for amax in (None, tensor_amax(x) * 0.3, tensor_amax(x) * 5, row_amax(x)):
         expected = quantize(x, amax, impl="reference")
         on_gpu = x.cuda(), None if amax is None else amax.cuda()
         found = quantize(*on_gpu, impl="triton")

@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from megaqad.nvfp4 import METHODS, choose_scales, dequantize, quantize, tensor_amax
+from megaqad.nvfp4 import METHODS, choose_scales, dequantize, native, quantize, row_amax, tensor_amax
+from megaqad.nvfp4.calibration import squared_errors
 from megaqad.nvfp4.reference import decode_e2m1, encode_e2m1
+from tests.nvfp4 import data
+from tests.nvfp4.data import assert_same_bits
+from tests.nvfp4.implementations import ALL, DEVICE, FAST, NATIVE, WITHOUT_COMPILER
+
+# Numbers that overflow on purpose make NumPy, which runs Triton's interpreter, warn.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
 
 def weights(kind, dtype=torch.bfloat16):
@@ -27,16 +34,30 @@ def block_errors(x, q):
     return (dequantize(q, torch.float32) - x.float()).square().unflatten(-1, (-1, 16)).sum(-1)
 
 
+@pytest.mark.parametrize("impl", ["torch", NATIVE])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_fast_sweep_is_the_whole_sweep(kind):
-    x = weights(kind)
-    found = choose_scales(x, tensor_amax(x), "mse")
-    expected = choose_scales(x, tensor_amax(x), "mse", impl="reference")
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_fast_choice_is_the_reference_s(method, kind, dtype, impl):
+    """Of ``mse`` the whole sweep's; in all bits, for any number of blocks."""
+    x = weights(kind, dtype)
+    for part in (x, x[:3, :16], x[:9, :48]):
+        found = choose_scales(part, tensor_amax(x), method, impl=impl)
+        expected = choose_scales(part, tensor_amax(x), method, impl="reference")
+        assert_same_bits(found[0], expected[0])
+        assert_same_bits(found[1], expected[1])
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.skipif(WITHOUT_COMPILER is not None, reason=str(WITHOUT_COMPILER))
+@pytest.mark.parametrize("dtype", data.DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [*data.KINDS, *data.DEGENERATE])
+def test_squared_errors_in_all_bits(kind, dtype):
+    blocks = data.make(kind, dtype).view(-1, 16)[:951].contiguous()
+    scales = blocks.float().abs().amax(-1).clamp_min(2.0**-100) / torch.linspace(2.0, 9.0, len(blocks))
+    assert_same_bits(native.squared_errors(blocks, scales), squared_errors(blocks, scales))
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", NATIVE])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_e4m3_scale_is_better(kind, impl):
     x = weights(kind)
@@ -84,13 +105,31 @@ def test_shards_of_the_choice(method, dim):
     assert torch.equal(torch.cat([part[1] for part in parts], dim), whole)
 
 
-def test_max_is_what_quantize_does_by_itself():
-    x = weights("heavy")
+@pytest.mark.parametrize("impl", ALL)
+def test_max_is_what_quantize_does_by_itself(impl):
+    x = weights("heavy").to(DEVICE)
     amax, block_amax = choose_scales(x, tensor_amax(x), "max")
-    for impl in ("reference", "torch"):
-        chosen, plain = quantize(x, amax, block_amax=block_amax, impl=impl), quantize(x, impl=impl)
-        assert torch.equal(chosen.codes, plain.codes)
-        assert torch.equal(chosen.block_scales.view(torch.uint8), plain.block_scales.view(torch.uint8))
+    chosen, plain = quantize(x, amax, block_amax=block_amax, impl=impl), quantize(x, impl=impl)
+    assert torch.equal(chosen.codes, plain.codes)
+    assert torch.equal(chosen.block_scales.view(torch.uint8), plain.block_scales.view(torch.uint8))
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_block_amax_gives_the_reference_s_bytes(kind, impl, per_row):
+    """Chosen by a method, or none that a method would choose: learned ones may be anything, even negative."""
+    x = weights(kind).to(DEVICE)
+    amax = row_amax(x) if per_row else tensor_amax(x) * 0.7
+    _, block_amax = choose_scales(x, tensor_amax(x), "four_over_six")
+    noise = torch.randn(block_amax.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    odd = noise * 10 ** (6 * noise.sin())
+    odd[7] = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e38, -1e38, 3e-39, float("inf")], device=DEVICE)
+    for chosen in (block_amax, odd, odd.t().contiguous().t()):
+        ours, expected = (quantize(x, amax, block_amax=chosen, impl=each) for each in (impl, "reference"))
+        assert_same_bits(ours.codes, expected.codes)
+        assert_same_bits(ours.block_scales, expected.block_scales)
+        assert_same_bits(ours.global_scale, expected.global_scale)
 
 
 def test_errors_shrink():

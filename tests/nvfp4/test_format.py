@@ -228,5 +228,5 @@ def test_misfits_are_refused(impl, function):
 
 
 def test_unknown_implementation_is_refused():
-    with pytest.raises(ValueError, match="impl must be one of auto, reference, torch, triton, not 'fast'"):
+    with pytest.raises(ValueError, match="impl must be one of auto, reference, torch, native, triton, not 'fast'"):
         quantize(torch.ones(4, 16), impl="fast")

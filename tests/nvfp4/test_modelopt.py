@@ -10,8 +10,9 @@ import torch
 from megaqad.nvfp4 import NVFP4Tensor, dequantize, fake_quantize, global_scale_from_amax, quantize, tensor_amax
 from tests.nvfp4 import data
 from tests.nvfp4.data import DTYPES, KINDS, assert_same_bits
+from tests.nvfp4.implementations import NATIVE
 
-IMPLS = ("reference", "torch")
+IMPLS = ("reference", "torch", NATIVE)
 QUANTIZED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 

@@ -2,10 +2,6 @@
 
 import ctypes
 import json
-import os
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -13,19 +9,9 @@ import torch
 
 from megaqad.nvfp4 import quantize
 from tests.nvfp4.data import MIDPOINTS
-from tests.nvfp4.implementations import TRITON_IS_MISSING
+from tests.nvfp4.implementations import TRITON_IS_MISSING, run_python
 
 needs_triton = pytest.mark.skipif(TRITON_IS_MISSING, reason="triton is not installed")
-
-
-def run_python(program: str, **environment: str | None) -> str:
-    """Standard output of ``program`` in a fresh interpreter, whose environment differs as given (None removes)."""
-    env = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, env=env, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_division_by_fused_multiply_add_is_division():
@@ -65,24 +51,29 @@ def test_compiled_code_keeps_to_exact_arithmetic():
         from megaqad.nvfp4 import triton_kernels as t
 
         pointers = dict(
-            x_words="*i32", amax="*fp32", value_words="*i32", codes="*u8", scales="*u8", global_scale="*fp32"
+            x_words="*i32", amax="*fp32", chosen="*fp32", value_words="*i32", codes="*u8", scales="*u8",
+            global_scale="*fp32",
         )
-        constants = dict(FORMAT="bf16", WANT_VALUES=True, WANT_CODES=False, INTERPRETED=False, TILE=256, WORDS=8)
-        source = ASTSource(
-            fn=t._quantize_kernel,
-            signature=dict(**pointers, blocks="i32", **dict.fromkeys(constants, "constexpr")),
-            constexprs=constants,
-            attrs={(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
-        )
+        numbers = dict(blocks="i32", blocks_per_row="i32")
         options = dict(enable_fp_fusion=False)
         unwanted = [r"\.ftz", r"div\.(full|approx)", r"rcp\.approx", r"mad\.f32"]
         wanted = [r"fma\.rn\.f32", r"div\.rn\.f32", r"[ls][dt]\.global\.v4\.b32", r"cvt\.rn\.bf16x2"]
-        for capability in (90, 100):
+        for capability, per_row in ((90, False), (100, False), (90, True)):
+            constants = dict(
+                FORMAT="bf16", PER_ROW=per_row, CHOSEN=False, WANT_VALUES=True, WANT_CODES=False, INTERPRETED=False,
+                TILE=256, WORDS=8,
+            )
+            source = ASTSource(
+                fn=t._quantize_kernel,
+                signature=dict(**pointers, **numbers, **dict.fromkeys(constants, "constexpr")),
+                constexprs=constants,
+                attrs={(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
+            )
             ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
             print(json.dumps([{p: len(re.findall(p, ptx)) for p in group} for group in (unwanted, wanted)]))
     """
     lines = run_python(program, TRITON_INTERPRET=None).splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
     for line in lines:
         unwanted, wanted = json.loads(line)
         assert not any(unwanted.values()), unwanted

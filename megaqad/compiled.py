@@ -1,9 +1,9 @@
 """C++ beside Python: compiled once per machine with the compiler it has, into a cache, and called through ctypes.
 
 `load` compiles a source in two to four seconds into `$XDG_CACHE_HOME/megaqad` (default `~/.cache/megaqad`) under a name
-made of the source, the flags and the processor's features. Without a compiler, or where the cache cannot be written,
-it says so and callers take another path. OpenMP comes from the runtime that PyTorch has already loaded, so all share
-one set of threads.
+made of the source, its headers, the flags and the processor's features. Without a compiler, or where the cache cannot
+be written, it says so and callers take another path. OpenMP comes from the runtime that PyTorch has already loaded, so
+all share one set of threads.
 """
 
 import ctypes
@@ -48,12 +48,16 @@ def _compile(compiler: str, source: Path, flags: tuple[str, ...], library: Path)
 
 
 @functools.cache
-def load(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL | str:
-    """The library of `source`, or in words why there is none. `flags`: for the compiler, besides the common ones."""
-    key = hashlib.sha256(f"{source.read_text()}{_FLAGS}{flags}{_processor()}".encode()).hexdigest()[:16]
+def load(source: Path, flags: tuple[str, ...], headers: tuple[Path, ...] = ()) -> ctypes.CDLL | str:
+    """The library of `source`, or in words why there is none.
+
+    `flags`: for the compiler, besides the common ones. `headers`: of ours that it includes.
+    """
+    texts = [path.read_text() for path in (source, *headers)]
+    key = hashlib.sha256(f"{texts}{_FLAGS}{flags}{_processor()}".encode()).hexdigest()[:16]
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megaqad"
-        library = cache / f"{source.stem}-{key}.so"
+        library = cache / f"{source.parent.name}-{source.stem}-{key}.so"
         if not library.exists():
             compiler = _compiler()
             if compiler is None:
