@@ -106,7 +106,7 @@ def _quantize(
     x = x.detach().contiguous()
     global_scale = global_scale_from_amax(tensor_amax(x) if amax is None else amax).detach().contiguous()
     chosen = None if block_amax is None else block_amax.detach().contiguous()
-    values = torch.empty_like(x) if want_values else None
+    values = torch.empty(x.shape, dtype=x.dtype) if want_values else None  # dense whatever strides x has where it is 1
     codes = scales = None
     if want_codes:
         codes = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8)

@@ -91,7 +91,7 @@ def _launch_quantize(
     if x.storage_offset() % 2:
         x = x.clone()  # pairs would straddle words
     amax = tensor_amax(x) if amax is None else amax.contiguous()
-    values = torch.empty_like(x) if want_values else None
+    values = x.new_empty(x.shape) if want_values else None  # dense whatever strides x has where it is 1
     lead, k = x.shape[:-1], x.shape[-1]
     codes = x.new_empty((*lead, k // 2) if want_codes else 0, dtype=torch.uint8)
     scales = x.new_empty((*lead, k // BLOCK_SIZE) if want_codes else 0, dtype=torch.uint8)

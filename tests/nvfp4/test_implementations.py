@@ -248,6 +248,15 @@ def test_the_default_dtype_does_not_matter(impl):
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("impl", ALL)
+def test_values_are_dense_whatever_the_strides_of_the_input(impl):
+    """A dimension of one may have any stride, and the product of a layer may round otherwise for another."""
+    x = make("normal", torch.float32)[:16, :64].contiguous().as_strided((16, 1, 64), (64, 1024, 1))
+    assert x.is_contiguous()
+    for values in (fake_quantize(x, impl=impl), fake_quantize_packed(x, impl=impl)[0]):
+        assert values.stride() == (64, 64, 1)
+
+
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 def test_nothing_waits_for_the_device(impl):
     """Tensors without data can be quantized, so no step reads a value on the host."""
