@@ -18,6 +18,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+VECTORS = Path(__file__).with_name("vectors.h")
+"""A header for sources that work in vectors of the machine's width."""
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _COMPILE_SECONDS = 120
 
@@ -68,6 +70,17 @@ def load(source: Path, flags: tuple[str, ...], headers: tuple[Path, ...] = ()) -
         return f"{error.cmd[0]} cannot compile {source.name}: {str(error.stderr).strip().splitlines()[-1:]}"
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
         return f"{type(error).__name__}: {error}"
+
+
+def reason(loaded: ctypes.CDLL | str) -> str | None:
+    """Why there is no library; None if there is one."""
+    return loaded if isinstance(loaded, str) else None
+
+
+def library(loaded: ctypes.CDLL | str) -> ctypes.CDLL:
+    """What `load` gave where `reason` was asked before."""
+    assert not isinstance(loaded, str), loaded
+    return loaded
 
 
 def address(tensor: Tensor | None) -> ctypes.c_void_p:

@@ -46,19 +46,12 @@ def _load() -> ctypes.CDLL | str:
 
 def unavailable() -> str | None:
     """Why the kernel cannot run on this machine; None if it can. The first call may compile it."""
-    library = _load()
-    return library if isinstance(library, str) else None
+    return compiled.reason(_load())
 
 
 def serves(device: torch.device, dtypes: set[torch.dtype]) -> bool:
     """Whether the kernel handles such logits: on the CPU, FP32 or BF16."""
     return device.type == "cpu" and dtypes <= {torch.float32, torch.bfloat16}
-
-
-def _library() -> ctypes.CDLL:
-    library = _load()
-    assert not isinstance(library, str), library
-    return library
 
 
 def _rows(logits: Tensor) -> Tensor:
@@ -89,7 +82,9 @@ def statistics(student: Tensor, teacher: Tensor | None, *, temperature: float, m
     out = torch.zeros(2 if teacher is None else 5, student.shape[0], dtype=torch.float64)
     mask = None if mask is None else mask.contiguous()
     shape = _shape(student, teacher, temperature)
-    _library().megaqad_kl_statistics(*_operands(student, teacher), address(mask), address(out), ctypes.byref(shape))
+    compiled.library(_load()).megaqad_kl_statistics(
+        *_operands(student, teacher), address(mask), address(out), ctypes.byref(shape)
+    )
     return out
 
 
@@ -102,7 +97,7 @@ def gradient(
     assert out.dtype in (student.dtype, torch.bfloat16)
     assert out.stride(-1) == 1 or out.numel() == 0
     shape = _shape(student, teacher, temperature, out)
-    _library().megaqad_kl_gradient(
+    compiled.library(_load()).megaqad_kl_gradient(
         *_operands(student, teacher),
         *(address(peaks), address(factors), address(out), int(out.dtype == torch.bfloat16), ctypes.byref(shape)),
     )

@@ -22,6 +22,8 @@
 #include <memory>
 #include <new>
 
+#include "../vectors.h"
+
 namespace {
 
 namespace blas = at::native::cpublas;
@@ -40,25 +42,7 @@ constexpr int64_t kSummedRows = 1024;
 constexpr int64_t kCopied = 4 * kDepth;
 
 constexpr int64_t kTile = 16;
-typedef float Floats __attribute__((vector_size(4 * kTile)));
-typedef uint32_t Words __attribute__((vector_size(4 * kTile)));
-
-// The first or the last halves of a and b, lane by lane in turn.
-inline Words low(Words a, Words b) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-#else
-  return __builtin_shuffle(a, b, Words{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
-#endif
-}
-
-inline Words high(Words a, Words b) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#else
-  return __builtin_shuffle(a, b, Words{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
-#endif
-}
+static_assert(kTile == kLanes, "where there is AMX there is AVX-512");
 
 // 16 x 16 words
 inline void transpose_tile(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
@@ -66,8 +50,8 @@ inline void transpose_tile(const uint32_t* from, int64_t from_stride, uint32_t* 
   for (int i = 0; i < kTile; ++i) std::memcpy(&x[i], from + i * from_stride, sizeof x[i]);
   for (int step = 0; step < 4; ++step) {  // four perfect shuffles of the 256 words
     for (int i = 0; i < kTile / 2; ++i) {
-      y[2 * i] = low(x[i], x[i + kTile / 2]);
-      y[2 * i + 1] = high(x[i], x[i + kTile / 2]);
+      y[2 * i] = first_half(x[i], x[i + kTile / 2]);
+      y[2 * i + 1] = second_half(x[i], x[i + kTile / 2]);
     }
     std::memcpy(x, y, sizeof x);
   }

@@ -37,7 +37,7 @@ NO_AMX = "the processor has no matrix instructions for BF16 (AMX)"
 def _load() -> ctypes.CDLL | str:
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return NO_AMX
-    library = compiled.load(SOURCE, _FLAGS)
+    library = compiled.load(SOURCE, _FLAGS, (compiled.VECTORS,))
     if not isinstance(library, str) and not library.megaqad_can_multiply():
         return NO_AMX
     return library
@@ -45,8 +45,7 @@ def _load() -> ctypes.CDLL | str:
 
 def unavailable() -> str | None:
     """Why these products cannot run on this machine; None if they can. The first call may compile them."""
-    library = _load()
-    return library if isinstance(library, str) else None
+    return compiled.reason(_load())
 
 
 def serves(hidden_size: int) -> bool:
@@ -57,11 +56,11 @@ def serves(hidden_size: int) -> bool:
 def _call(name: str, matrices: tuple[Tensor, ...], sizes: tuple[int, int, int], *options: int) -> None:
     """Call with the address and the row stride of each matrix, none of them empty, and the sizes (n, V, H)."""
     assert 0 not in sizes
-    library = _load()
-    assert not isinstance(library, str), library
     places = [value for matrix in matrices for value in (address(matrix), ctypes.c_int64(matrix.stride(0)))]
     counts = [ctypes.c_int64(size) for size in sizes]
-    library[name](*places, *counts, *(ctypes.c_int(option) for option in (torch.get_num_threads(), *options)))
+    compiled.library(_load())[name](
+        *places, *counts, *(ctypes.c_int(option) for option in (torch.get_num_threads(), *options))
+    )
 
 
 def _rows(matrix: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 // NVFP4 for CPUs: the reference's bits from one pass over memory.
 //
 // Compiled on first use by native.py, called through ctypes, no PyTorch headers; little-endian machines only, as
-// checkpoints are. Why the bits are the reference's is in vectors.h.
+// checkpoints are. Why the bits are the reference's is in formats.h.
 //
 // Work goes by groups of sixteen blocks, whose scales are computed together, and in them by pairs of vectors: of twice as
 // many elements as a vector has lanes, one takes those with an even index, the other those with an odd one. Then the two
@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "vectors.h"
+#include "formats.h"
 
 namespace {
 

@@ -15,7 +15,7 @@ from megaqad import compiled
 from megaqad.compiled import address
 from megaqad.nvfp4.format import BLOCK_SIZE, NVFP4Tensor, global_scale_from_amax, tensor_amax
 
-SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("native.cpp", "vectors.h"))
+SOURCE, FORMATS = (Path(__file__).with_name(name) for name in ("native.cpp", "formats.h"))
 _FLAGS = ("-std=c++17", "-ffp-contract=off", "-fno-trapping-math")
 """Nothing that changes a result: products and sums stay apart, and only floating-point exception flags are given up."""
 
@@ -37,7 +37,7 @@ class _Shape(ctypes.Structure):
 @functools.cache
 def _load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
-    loaded = compiled.load(SOURCE, _FLAGS, (HEADER,))
+    loaded = compiled.load(SOURCE, _FLAGS, (FORMATS, compiled.VECTORS))
     if not isinstance(loaded, str):
         loaded.megaqad_nvfp4_quantize.restype = loaded.megaqad_nvfp4_dequantize.restype = None
         loaded.megaqad_nvfp4_squared_errors.restype = loaded.megaqad_nvfp4_row_amax.restype = None
@@ -46,8 +46,7 @@ def _load() -> ctypes.CDLL | str:
 
 def unavailable() -> str | None:
     """Why this implementation cannot run on this machine; None if it can. The first call may compile it."""
-    library = _load()
-    return library if isinstance(library, str) else None
+    return compiled.reason(_load())
 
 
 def quantize(x: Tensor, amax: Tensor | None, block_amax: Tensor | None = None) -> NVFP4Tensor:
@@ -78,7 +77,7 @@ def dequantize(q: NVFP4Tensor, dtype: torch.dtype) -> Tensor:
     values = torch.empty(q.shape, dtype=dtype)
     shape, addresses = _shape(values, global_scale), map(address, (codes, scales, global_scale, values))
     if values.numel():
-        _library().megaqad_nvfp4_dequantize(*addresses, ctypes.byref(shape))
+        compiled.library(_load()).megaqad_nvfp4_dequantize(*addresses, ctypes.byref(shape))
     return values
 
 
@@ -87,7 +86,7 @@ def squared_errors(blocks: Tensor, scales: Tensor) -> Tensor:
     errors = torch.empty_like(scales)
     if len(blocks):
         addresses = map(address, (blocks, scales, errors))
-        _library().megaqad_nvfp4_squared_errors(*addresses, ctypes.byref(_shape(blocks, scales)))
+        compiled.library(_load()).megaqad_nvfp4_squared_errors(*addresses, ctypes.byref(_shape(blocks, scales)))
     return errors
 
 
@@ -96,7 +95,7 @@ def row_amax(x: Tensor) -> Tensor:
     x = x.detach().contiguous()
     out = x.new_empty((*x.shape[:-1], 1))
     sizes = ctypes.c_int64(out.numel()), ctypes.c_int64(x.shape[-1])
-    _library().megaqad_nvfp4_row_amax(address(x), address(out), _TYPES[x.dtype], *sizes, _threads(x))
+    compiled.library(_load()).megaqad_nvfp4_row_amax(address(x), address(out), _TYPES[x.dtype], *sizes, _threads(x))
     return out.float()
 
 
@@ -113,7 +112,7 @@ def _quantize(
         scales = torch.empty((*x.shape[:-1], x.shape[-1] // BLOCK_SIZE), dtype=torch.float8_e4m3fn)
     shape, addresses = _shape(x, global_scale), map(address, (x, global_scale, chosen, values, codes, scales))
     if x.numel():
-        _library().megaqad_nvfp4_quantize(*addresses, ctypes.byref(shape))
+        compiled.library(_load()).megaqad_nvfp4_quantize(*addresses, ctypes.byref(shape))
     if codes is None or scales is None:
         return values, None
     return values, NVFP4Tensor(codes, scales, global_scale)
@@ -131,9 +130,3 @@ def _shape(elements: Tensor, global_scale: Tensor) -> _Shape:
 
 def _threads(elements: Tensor) -> int:
     return max(1, min(torch.get_num_threads(), elements.numel() // _SMALLEST_SHARE))
-
-
-def _library() -> ctypes.CDLL:
-    library = _load()
-    assert not isinstance(library, str), library
-    return library
