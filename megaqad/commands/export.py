@@ -5,7 +5,8 @@ import shutil
 from megaqad.commands.session import Session
 from megaqad.commands.students import load_student
 from megaqad.config import Settings
-from megaqad.export.modelopt import Quantization, export_modelopt
+from megaqad.export.checkpoint import Quantization, export_checkpoint
+from megaqad.export.manifest import MANIFEST_FILE
 from megaqad.models.causal_lm import CausalLM
 from megaqad.quantization.state import cache_amaxes, input_amaxes
 
@@ -19,19 +20,20 @@ def export(settings: Settings) -> None:
 def write_export(session: Session, student: list[CausalLM]) -> None:
     """Write ``export/``, replacing this run's earlier one."""
     target = session.settings.run_dir / "export"
-    if session.context.is_main and (target / "hf_quant_config.json").is_file():
+    if session.context.is_main and (target / MANIFEST_FILE).is_file():
         shutil.rmtree(target)
     recipe = session.recipe
-    export_modelopt(
+    export_checkpoint(
         student,
         session.description,
         session.context,
         target,
         model_dir=session.settings.model_dir,
+        layout=session.settings.export.format,
         quantization=Quantization(recipe.formats, input_amaxes(student), recipe.kv_cache, cache_amaxes(student)),
     )
     session.terminal.say(f"exported {len(recipe.formats)} quantized layers to {target}")
-    if any(chosen.dynamic for chosen in recipe.formats.values()):
+    if session.settings.export.format == "modelopt" and any(chosen.dynamic for chosen in recipe.formats.values()):
         session.terminal.say(
             "it holds no input scales: TensorRT-LLM takes them from the inputs; vLLM and SGLang need "
             "quantization.activation_scales=static"

@@ -15,11 +15,12 @@ from megaqad.models.checks import check_checkpoint, check_layout, check_sequence
 from megaqad.models.description import ModelDescription, describe_model
 from megaqad.models.trainable import check_trainable
 from megaqad.quantization.backend import check_backend
-from megaqad.quantization.recipe import HEAD, recipe_for
+from megaqad.quantization.formats import cache_number
+from megaqad.quantization.recipe import HEAD, Recipe, recipe_for
 from megaqad.runtime.duration import seconds_of
 
 DTYPES = ("bfloat16", "float32")
-EXPORT_FORMATS = ("modelopt",)
+EXPORT_FORMATS = ("modelopt", "compressed_tensors")
 COMMANDS_THAT_DISTILL = ("demo", "recover", "distill")
 COMMANDS_WITH_DATA = ("demo", "recover", "quantize", "distill", "evaluate", "pretrain", "bench step")
 COMMANDS_WITH_TOKENS = ("demo", "recover", "verify", "logits")
@@ -55,6 +56,7 @@ def check_settings(command: str, settings: Settings) -> ModelDescription:
     if command != "pretrain":
         check_checkpoint(description, settings.model_dir)
     recipe = recipe_for(settings.quantization, description, settings.sizes.tensor)
+    _check_export(settings, recipe)
     check_backend(settings.quantization, settings.runtime.dtype)
     learned = recipe.quantized_modules() if settings.quantization.weight_scales == "learned" else []
     check_trainable(description, settings.train.trainable, [name for name in learned if name != HEAD])
@@ -124,6 +126,23 @@ def _check_values(settings: Settings) -> None:
     if not 0 <= train.warmup_steps < train.steps:
         raise UserError(f"train.warmup_steps={train.warmup_steps} must lie between 0 and train.steps={train.steps} - 1")
     _check_resilience(settings)
+
+
+def _check_export(settings: Settings, recipe: Recipe) -> None:
+    """What export.format=compressed_tensors has no words for."""
+    if settings.export.format != "compressed_tensors":
+        return
+    if cache_number(recipe.kv_cache) == "nvfp4":
+        raise UserError(
+            f"export.format=compressed_tensors has no quantization.kv_cache={recipe.kv_cache}: set "
+            f"quantization.kv_cache={recipe.kv_cache.replace('nvfp4', 'fp8')}, or export.format=modelopt"
+        )
+    dynamic = [name for name, chosen in recipe.formats.items() if chosen.dynamic and chosen.activations == "nvfp4"]
+    if dynamic:
+        raise UserError(
+            f"export.format=compressed_tensors has no NVFP4 inputs with quantization.activation_scales=dynamic, as of "
+            f"{dynamic[0]}: its readers want a calibrated scale, set static, or export.format=modelopt"
+        )
 
 
 def _check_resilience(settings: Settings) -> None:

@@ -1,13 +1,13 @@
 """Is everything in an export that a reader needs, unchanged, well formed, and scaled as the student is?"""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megaqad.export.client import Client, VerificationError, cache_scales, inside, read_json, skeleton
-from megaqad.export.layouts import SCALES_OF_TENSORS
+from megaqad.export.client import Client, skeleton
+from megaqad.export.client_files import VerificationError, inside, read_json
 from megaqad.export.manifest import MANIFEST_FILE, file_digest, tensor_digest
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -75,14 +75,15 @@ def _expected_tensors(client: Client) -> dict[str, tuple[torch.dtype, tuple[int,
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, parameter in skeleton(client.config).named_parameters():
         module, _, kind = name.rpartition(".")
-        if kind != "weight" or module not in client.algorithms:
+        layout = client.layouts.get(module)
+        if kind != "weight" or layout is None:
             expected[name] = (torch.bfloat16, tuple(parameter.shape))
             continue
         rows, inputs = parameter.shape
-        for ending, (dtype, covers) in client.layout(module).tensors.items():
-            expected[f"{module}.{ending}"] = (dtype, (rows, inputs // covers) if covers else ())
-    if client.has_cache_scales:
-        expected |= dict.fromkeys(cache_scales(client), (torch.float32, ()))
+        for ending, (dtype, covers) in layout.tensors.items():
+            expected[f"{module}.{ending}"] = (dtype, (rows, inputs // covers) if covers else layout.scalar)
+    if client.cache is not None and client.has_cache_scales:
+        expected |= dict.fromkeys(client.cache.modules, (torch.float32, client.cache.scalar))
     return expected
 
 
@@ -101,15 +102,14 @@ def _check_values(client: Client, name: str, tensor: Tensor) -> None:
 
 def _check_shared_scales(client: Client) -> None:
     """Engines use one global scale for fused modules, whatever the file says: it must be one."""
-    for module in client.algorithms:
+    layouts = client.layouts
+    for module, layout in layouts.items():
         parent, _, leaf = module.rpartition(".")
         for siblings in FUSED:
             if leaf != siblings[0]:
                 continue
-            names = [f"{parent}.{sibling}" for sibling in siblings if f"{parent}.{sibling}" in client.algorithms]
-            for kind in SCALES_OF_TENSORS:
-                if client.layout(module).tensors.get(kind, (None, 1))[1]:
-                    continue
+            names = [f"{parent}.{sibling}" for sibling in siblings if f"{parent}.{sibling}" in layouts]
+            for kind in [ending for ending, (_, covers) in layout.tensors.items() if covers == 0]:
                 values = {name: client.tensor(f"{name}.{kind}").item() for name in names}
                 if len(set(values.values())) > 1:
                     raise VerificationError(
@@ -123,19 +123,19 @@ def check_input_scales(client: Client, input_amax: Mapping[str, float]) -> None:
     Raises:
         VerificationError: names the module.
     """
-    for module in client.algorithms:
-        if "input_scale" in client.layout(module).tensors:
-            amax = input_amax.get(module)
-            _check_scale(client, f"{module}.input_scale", amax, client.layout(module).range, "input")
+    for module, layout in client.layouts.items():
+        if layout.input_scale is not None:
+            name = f"{module}.{layout.input_scale}"
+            _check_scale(client, name, layout.amax, input_amax.get(module), "input")
 
 
 def check_cache_scales(client: Client, cache_amax: Mapping[str, float]) -> None:
     """The same for keys and values; without stored scales, that the student's are 1 too."""
-    if client.kv_cache is None:
+    if client.cache is None:
         return
-    for name, module in cache_scales(client).items():
+    for name, module in client.cache.modules.items():
         if client.has_cache_scales:
-            _check_scale(client, name, cache_amax.get(module), 448.0, "output")
+            _check_scale(client, name, lambda scale: scale * 448.0, cache_amax.get(module), "output")
         elif cache_amax.get(module) != 448.0:
             raise VerificationError(
                 f"{client.folder}: tensor {name} is missing, which means a scale of 1, while the student's amax is "
@@ -143,10 +143,10 @@ def check_cache_scales(client: Client, cache_amax: Mapping[str, float]) -> None:
             )
 
 
-def _check_scale(client: Client, name: str, amax: float | None, largest: float, what: str) -> None:
+def _check_scale(client: Client, name: str, amax_of: Callable[[float], float], amax: float | None, what: str) -> None:
     scale = client.tensor(name).item()
-    if amax is None or abs(scale * largest / amax - 1.0) > 2**-22:
+    if amax is None or abs(amax_of(scale) / amax - 1.0) > 2**-22:
         raise VerificationError(
-            f"{client.folder}: tensor {name} is {scale!r}, the student's calibrated {what} amax {amax!r} asks for "
-            f"{amax / largest if amax else None!r}; export again"
+            f"{client.folder}: tensor {name} is {scale!r}, which stands for an amax of {amax_of(scale)!r}; the "
+            f"student's calibrated {what} amax is {amax!r}; export again"
         )

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megaqad.export.client import Client, cache_scales, model_of
-from megaqad.export.layouts import INPUT, LAYOUTS
+from megaqad.export.client import Client, model_of
+from megaqad.export.client_layout import CacheLayout
 
 CACHED_ATTENTION = "megaqad_rounded_kv_cache"
 """Name under which transformers knows the attention that rounds keys and values."""
@@ -19,7 +19,7 @@ def load_client_model(client: Client) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             module, _, kind = name.rpartition(".")
-            if kind == "weight" and module in client.algorithms:
+            if kind == "weight" and module in client.layouts:
                 parameter.copy_(client.weight(module))
             else:
                 parameter.copy_(client.tensor(name))
@@ -29,13 +29,12 @@ def load_client_model(client: Client) -> nn.Module:
 def round_activations(client: Client, model: nn.Module) -> None:
     """From now on ``model`` rounds the inputs of its quantized linears, and its keys and values, as engines do."""
     modules = dict(model.named_modules())
-    for name in client.algorithms:
-        layout = client.layout(name)
+    for name, layout in client.layouts.items():
         if layout.round_input is not None:
-            scales = [client.tensor(f"{name}.{ending}") for ending in layout.tensors if ending in INPUT]
+            scales = [] if layout.input_scale is None else [client.tensor(f"{name}.{layout.input_scale}")]
             modules[name].register_forward_pre_hook(_input_rounding(layout.round_input, scales))
-    if client.kv_cache is not None:
-        _round_cache(client, model)
+    if client.cache is not None:
+        _round_cache(client, client.cache, model)
 
 
 def _input_rounding(
@@ -47,27 +46,19 @@ def _input_rounding(
     return hook
 
 
-def _round_cache(client: Client, model: nn.Module) -> None:
+def _round_cache(client: Client, cache: CacheLayout, model: nn.Module) -> None:
     """Give ``model`` an attention that rounds the keys and values it is handed, which are those of the cache."""
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    assert client.kv_cache is not None
-    rounding = LAYOUTS[client.kv_cache].round_input
-    assert rounding is not None
-    # The file's scale leaves the range of four-bit codes to the engine.
-    divisor = LAYOUTS[client.kv_cache].range / 448.0
     one = torch.ones(())
-    scales = {
-        module: (client.tensor(name) if client.has_cache_scales else one) / divisor
-        for name, module in cache_scales(client).items()
-    }
+    scales = {module: client.tensor(name) if client.has_cache_scales else one for name, module in cache.modules.items()}
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        assert rounding is not None
         prefix = f"model.layers.{module.layer_idx}.self_attn"
-        key, value = rounding(key, scales[f"{prefix}.k_proj"]), rounding(value, scales[f"{prefix}.v_proj"])
+        key = cache.round(key, scales[f"{prefix}.k_proj"])
+        value = cache.round(value, scales[f"{prefix}.v_proj"])
         return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
     AttentionInterface.register(CACHED_ATTENTION, attention)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megaqad.export.client import Client, VerificationError, open_export
+from megaqad.export.client import Client, open_export
 from megaqad.export.client_checks import (
     check_cache_scales,
     check_files,
@@ -31,6 +31,7 @@ from megaqad.export.client_checks import (
     check_structure,
     check_tensors,
 )
+from megaqad.export.client_files import VerificationError
 from megaqad.export.client_model import load_client_model, round_activations
 
 __all__ = ["Tolerance", "Verification", "VerificationError", "verify"]
@@ -91,7 +92,7 @@ def verify(
     """Check an export against the student it was written from. One process, CPU.
 
     Args:
-        export_dir: what ``export_modelopt`` wrote.
+        export_dir: what ``export_checkpoint`` wrote.
         tokens: int64 [b, s].
         reference_logits: the student's in FP32, float32 [b, s, V], or the .npy file that holds them.
         weight_only_logits: the student's with quantized weights and unquantized activations, float32 [b, s, V], for a
@@ -129,7 +130,7 @@ def verify(
     result = Verification(
         passed=passed and (weights is None or _within(weights, tolerance)),
         tensors=tensors,
-        quantized_modules=len(client.algorithms),
+        quantized_modules=len(client.layouts),
         weight_only=client.weight_only,
         tokens=int(tokens.size),
         relative_error=whole.relative_error,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megaqad.distillation.forward import forward_hidden
 from megaqad.errors import UserError
-from megaqad.export.modelopt import Quantization, export_modelopt
+from megaqad.export.checkpoint import Quantization, export_checkpoint
 from megaqad.export.reference import student_reference
 from megaqad.models.build import build_model, transformer_config
 from megaqad.models.causal_lm import CausalLM
@@ -42,7 +42,7 @@ def export_weights(rank: int, world: int, folder: Path, sizes: ParallelSizes, op
             options.pop("kv_cache", "none"),
             options.pop("cache_amax", {}),
         )
-        export_modelopt(chunks, description, context, model_dir=folder, quantization=quantization, **options)
+        export_checkpoint(chunks, description, context, model_dir=folder, quantization=quantization, **options)
 
 
 def refused_export(rank: int, world: int, folder: Path, sizes: ParallelSizes, options: dict[str, Any]) -> str:
@@ -83,7 +83,7 @@ def calibrate_and_export(rank: int, world: int, folder: Path, sizes: ParallelSiz
             return gathered_logits(model, context, tokens)
 
         reference = student_reference(chunks, description, context, recipe, logits_of)
-        export_modelopt(
+        export_checkpoint(
             chunks,
             description,
             context,

@@ -199,7 +199,7 @@ def swap_nibbles(tensors: dict[str, torch.Tensor]) -> None:
         (swap_nibbles, ["does not compute the student's logits"]),
         (
             lambda t: t["model.layers.3.mlp.down_proj.input_scale"].mul_(1.000001),
-            ["down_proj.input_scale is", "asks for"],
+            ["down_proj.input_scale is", "stands for"],
         ),
         (lambda t: t["model.layers.0.mlp.down_proj.weight_scale_2"].mul_(1.01), ["does not compute the student's"]),
     ],

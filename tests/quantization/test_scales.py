@@ -88,7 +88,7 @@ def test_percentile_counts_exactly():
 
 def exported(rank, world, folder, sizes, options):
     """Calibrate, maybe spoil the weights, export; what the forward pass multiplied with, by module name."""
-    from megaqad.export.modelopt import Quantization, export_modelopt
+    from megaqad.export.checkpoint import Quantization, export_checkpoint
     from megaqad.quantization.state import input_amaxes, quantized_linears, refresh_weights
     from megaqad.runtime.parallel import parallel
     from tests.quantization.models import calibrated_student
@@ -103,7 +103,7 @@ def exported(rank, world, folder, sizes, options):
                         layer.weight_amax.mul_(1.1)
                         layer.weight_block_amax.mul_(0.9)
             refresh_weights(chunks, context)
-        export_modelopt(
+        export_checkpoint(
             chunks,
             description,
             context,
