@@ -127,8 +127,8 @@ class ExportSettings:
     """Settings under ``export.``."""
 
     format: str = "modelopt"
-    """Layout of the checkpoint: ``modelopt``, ModelOpt's unified Hugging Face layout, which vLLM, TensorRT-LLM and SGLang
-    read; ``compressed_tensors``, the library's, which vLLM, SGLang and transformers itself read."""
+    """Layout of the checkpoint: ``modelopt``, ModelOpt's unified Hugging Face layout, which vLLM, TensorRT-LLM and
+    SGLang read; ``compressed_tensors``, the library's, which vLLM, SGLang and transformers itself read."""
 
 
 @dataclass(frozen=True)

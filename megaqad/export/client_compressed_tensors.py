@@ -16,7 +16,8 @@ from megaqad.export.client_layout import CacheLayout, Declared, Layout
 
 
 def _read_nvfp4(packed: Tensor, block_scales: Tensor, inverse: Tensor) -> Tensor:
-    return numbers.read_nvfp4(packed, block_scales, 1.0 / inverse)
+    one = torch.ones(())
+    return numbers.read_nvfp4(packed, block_scales.float() / inverse, one)  # divided, as the library does
 
 
 def _round_nvfp4(x: Tensor, inverse: Tensor) -> Tensor:

@@ -11,12 +11,15 @@ one of shape [] for BF16. NVFP4's are stored as what one multiplies by, 2688 / a
     input_global_scale      float32 [1]                 -                       -                   -
     input_scale             -                           float32 [1]             -                   -
 
-A reader's ``1 / (1 / scale)`` is the scale or a neighbour in FP32: the values that come of it can differ from the
-student's in the last bit of FP32, hardly ever in BF16. An FP8 KV cache has ``self_attn.k_scale`` and
-``self_attn.v_scale``, float32 [1], of 1 too where that is the scale. config.json says all of it; each group names its
-own format, and its modules one by one where "Linear" would not do: several groups, or the output head, which vLLM does
-not take for a Linear. What no reader of this layout knows is refused before any work: an NVFP4 cache, and NVFP4 inputs
-with scales of their own. FP8 inputs with each token's own are read by all of them.
+A reader that divides by the stored 1 / scale multiplies by the scale or, for one tensor in five, by a neighbour of it
+in FP32. Rounded to BF16 that shows where a value lies half way between two BF16 numbers: 0.06 % of the weights, by one
+step (300 random matrices); in FP32, where engines multiply, nowhere.
+
+An FP8 KV cache has ``self_attn.k_scale`` and ``self_attn.v_scale``, float32 [1], of 1 too where that is the scale.
+config.json says all of it. Each group names its own format, and its modules one by one where "Linear" would not do:
+several groups, or the output head, which vLLM does not take for a Linear. What no reader of this layout knows is
+refused before any work: an NVFP4 cache, and NVFP4 inputs with scales of their own. FP8 inputs with each token's own are
+read by all of them.
 """
 
 from collections.abc import Mapping

@@ -75,6 +75,11 @@ def refusal(capsys, arguments):
         ),
         (["quantization.formats={*.mlp.*:fp9}"], ["fp9", "did you mean fp8?"]),
         (["quantization.kv_cache=int8"], ["kv_cache=int8", "none, fp8, nvfp4"]),
+        (["export.format=gguf"], ["export.format=gguf", "modelopt, compressed_tensors"]),
+        (
+            ["export.format=compressed_tensors", "quantization.activation_scales=dynamic"],
+            ["quantization.activation_scales=dynamic", "set static, or export.format=modelopt"],
+        ),
         (["quantization=mxfp4", "parallel.tensor=2"], ["o_proj sums over 48 inputs", "on_misfit=keep"]),
         (["quantization.include=[lm_head]"], ["both list 'lm_head'"]),
         (["quantization.exclude=['*']"], ["quantizes no module"]),
@@ -151,6 +156,13 @@ def test_models_are_refused(capsys, changed, tmp_path, settings, said):
     for words in said:
         assert words in line
     assert not output.exists()
+
+
+def test_a_cache_that_the_layout_has_no_words_for_is_refused(capsys, tmp_path):
+    folder = make_checkpoint("qwen3", tmp_path / "model")
+    settings = ["export.format=compressed_tensors", "quantization.kv_cache=nvfp4_cast"]
+    line = refusal(capsys, ["export", f"model={folder}", f"output_dir={tmp_path / 'run'}", *settings])
+    assert "no quantization.kv_cache=nvfp4_cast: set quantization.kv_cache=fp8_cast, or export.format=modelopt" in line
 
 
 def test_a_truncated_file_is_refused(capsys, changed, tmp_path):

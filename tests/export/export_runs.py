@@ -72,7 +72,7 @@ def gathered_logits(chunks: list[CausalLM], context: ParallelContext, tokens: np
 def calibrate_and_export(rank: int, world: int, folder: Path, sizes: ParallelSizes, options: dict[str, Any]) -> Any:
     """The student of a recipe: calibrated and exported; what ``verify`` compares with, from the main rank.
 
-    ``options``: output_dir, settings (QuantizationSettings arguments), dtype, tokens.
+    ``options``: output_dir, settings (QuantizationSettings arguments), dtype, tokens, layout.
     """
     with parallel(sizes) as context:
         tokens = options["tokens"]
@@ -90,5 +90,6 @@ def calibrate_and_export(rank: int, world: int, folder: Path, sizes: ParallelSiz
             options["output_dir"],
             model_dir=folder,
             quantization=Quantization(recipe.formats, input_amaxes(chunks), recipe.kv_cache, cache_amaxes(chunks)),
+            layout=options.get("layout", "modelopt"),
         )
         return reference
