@@ -160,6 +160,7 @@ def test_models_are_refused(capsys, changed, tmp_path, settings, said):
 
 def test_a_cache_that_the_layout_has_no_words_for_is_refused(capsys, tmp_path):
     folder = make_checkpoint("qwen3", tmp_path / "model")
+    capsys.readouterr()  # transformers' progress bars
     settings = ["export.format=compressed_tensors", "quantization.kv_cache=nvfp4_cast"]
     line = refusal(capsys, ["export", f"model={folder}", f"output_dir={tmp_path / 'run'}", *settings])
     assert "no quantization.kv_cache=nvfp4_cast: set quantization.kv_cache=fp8_cast, or export.format=modelopt" in line
