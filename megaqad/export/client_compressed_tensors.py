@@ -28,25 +28,16 @@ ONE = (1,)
 _E2M1, _E4M3, _E8M0, _FP32 = (torch.uint8, 2), (torch.float8_e4m3fn, 1), (torch.uint8, 32), (torch.float32, 0)
 _NVFP4 = {"weight_packed": _E2M1, "weight_scale": (torch.float8_e4m3fn, 16), "weight_global_scale": _FP32}
 _FP8 = {"weight": _E4M3, "weight_scale": _FP32}
+_ARGS = {"type": "float", "symmetric": True, "dynamic": False}
 _NVFP4_ARGS = {
+    **_ARGS,
     "num_bits": 4,
-    "type": "float",
     "strategy": "tensor_group",
     "group_size": 16,
     "scale_dtype": "torch.float8_e4m3fn",
-    "symmetric": True,
-    "dynamic": False,
 }
-_FP8_ARGS = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
-_MXFP8_ARGS = {
-    "num_bits": 8,
-    "type": "float",
-    "strategy": "group",
-    "group_size": 32,
-    "scale_dtype": "torch.uint8",
-    "symmetric": True,
-    "dynamic": False,
-}
+_FP8_ARGS = {**_ARGS, "num_bits": 8, "strategy": "tensor"}
+_MXFP8_ARGS = {**_ARGS, "num_bits": 8, "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
 _MXFP4_ARGS = {**_MXFP8_ARGS, "num_bits": 4}
 
 
