@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaqad.bench import kl
-from megaqad.bench.kl import Contestants, Problem, Run
+from megaqad.bench import kl_contestants as ends
+from megaqad.bench.kl_contestants import Contestants, Problem, Run
 from megaqad.losses import vocab_parallel_kl
 from megaqad.runtime.parallel import ParallelContext
 
@@ -51,13 +52,13 @@ def bench_sharded_kl(
     common |= {"dtype": "bfloat16", "device": kind, "allocator": kl.allocator(context.device)}
     for tokens, vocabulary in logits_shapes or _LOGITS[kind]:
         shape = {"operation": "logits", "tokens": tokens, "vocabulary": vocabulary, "hidden": None}
-        student, teacher = kl.make_logits(tokens, vocabulary, context.device, seed=0)
+        student, teacher = ends.make_logits(tokens, vocabulary, context.device, seed=0)
         contestants = _of_logits(_shard(student, context, dim=1), _shard(teacher, context, dim=1), context)
         del student, teacher
         yield from (common | shape | row for row in _measure(contestants, context, repeats))
     for tokens, vocabulary, hidden in head_shapes or _HEADS[kind]:
         shape = {"operation": "heads", "tokens": tokens, "vocabulary": vocabulary, "hidden": hidden}
-        whole = kl.make_problem(tokens, vocabulary, hidden, context.device, seed=0)
+        whole = ends.make_problem(tokens, vocabulary, hidden, context.device, seed=0)
         heads = (_shard(head, context, dim=0) for head in (whole.head_s, whole.head_t))
         contestants = _of_heads(replace(whole, head_s=next(heads), head_t=next(heads)), context)
         yield from (common | shape | row for row in _measure(contestants, context, repeats))
@@ -72,14 +73,14 @@ def _of_logits(student: Tensor, teacher: Tensor, context: ParallelContext) -> Co
     losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "megaqad": ours,
         "megaqad_torch": partial(ours, impl="torch"),
-        "modelopt": partial(kl.modelopt_kl, ranks=context.world_size),
+        "modelopt": partial(ends.modelopt_kl, ranks=context.world_size),
     }
-    return {name: kl.of_given_logits(student, teacher, token_kl) for name, token_kl in losses.items()}
+    return {name: ends.of_given_logits(student, teacher, token_kl) for name, token_kl in losses.items()}
 
 
 def _of_heads(problem: Problem, context: ParallelContext) -> Contestants:
     group = context.tensor_group
-    modelopt = kl.of_heads(problem, kl.loss_by_logits(problem, partial(kl.modelopt_kl, ranks=context.world_size)))
+    modelopt = ends.of_heads(problem, ends.loss_by_logits(problem, partial(ends.modelopt_kl, ranks=context.world_size)))
 
     def column_parallel() -> Run:
         run = modelopt()
@@ -93,9 +94,9 @@ def _of_heads(problem: Problem, context: ParallelContext) -> Contestants:
         return run_and_sum
 
     return {
-        "megaqad": kl.of_heads(problem, kl.fused_loss(problem, group=group)),
+        "megaqad": ends.of_heads(problem, ends.fused_loss(problem, group=group)),
         "modelopt": column_parallel,
-        "products": kl.head_contestants(problem)["products"],
+        "products": ends.head_contestants(problem)["products"],
     }
 
 

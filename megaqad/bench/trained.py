@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megaqad.bench import kl
-from megaqad.bench.kl import Problem
+from megaqad.bench.kl_contestants import Problem, import_modelopt
 from megaqad.commands.session import Session
 from megaqad.config import load_settings
 from megaqad.distillation.forward import forward_hidden
@@ -29,7 +29,7 @@ def bench_trained() -> Iterator[dict[str, Any]]:
 
     Joins a process group of this rank alone, and on CPU leaves Megatron-Core's device layer on: take times before.
     """
-    kl.import_modelopt()  # it cannot be imported once the device layer is on
+    import_modelopt()  # it cannot be imported once the device layer is on
     for name, include in RECIPES.items():
         for row in kl.errors(trained_problem(include)):
             yield {"bench": "kl", "dtype": "bfloat16", "quantized": name} | row

@@ -29,11 +29,11 @@ REPEATS = 7
 
 def bench_kl() -> None:
     """``megaqad bench kl``, on one process, or every rank's part of it under torchrun: the vocabulary sharded."""
-    from megaqad.bench import kl, sharded_kl, trained
+    from megaqad.bench import kl, kl_contestants, sharded_kl, trained
 
     if launch.is_rank():
         join_ranks()
-        kl.import_modelopt()  # it cannot be imported once the CPU device layer is on
+        kl_contestants.import_modelopt()  # it cannot be imported once the CPU device layer is on
         with parallel(ParallelSizes(tensor=dist.get_world_size())) as context:
             for row in sharded_kl.bench_sharded_kl(context):
                 if context.is_main:

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from megaqad.bench import kl as bench
+from megaqad.bench import kl_contestants as ends
 from tests.losses.oracle import relative_error
 
 CPU = torch.device("cpu")
 
 
 def test_contestants_on_logits_agree() -> None:
-    contestants = bench.logits_contestants(20, 500, CPU, seed=0)
+    contestants = ends.logits_contestants(20, 500, CPU, seed=0)
     gradients = {name: prepare()()[0] for name, prepare in contestants.items()}
     assert set(gradients) == {"megaqad", "megaqad_torch", "megaqad_reference", "plain", "modelopt"}
     for name, gradient in gradients.items():
@@ -21,10 +22,10 @@ def test_contestants_on_logits_agree() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_contestants_on_heads_agree_as_far_as_their_logits_do(share: float) -> None:
-    problem = bench.ignore(bench.make_problem(40, 500, 64, CPU, seed=0), share)
+    problem = ends.ignore(ends.make_problem(40, 500, 64, CPU, seed=0), share)
     assert int((problem.weights == 0).sum()) == 40 * share
     torch.testing.assert_close(problem.weights.sum(), torch.tensor(1.0))
-    contestants = bench.head_contestants(problem)
+    contestants = ends.head_contestants(problem)
     ours = contestants["megaqad"]()()
     for name in set(contestants) - {"products", "products_fp32"}:
         bound = 3e-3 if name.startswith("megaqad") else 1.0  # BF16 logits: that is the finding

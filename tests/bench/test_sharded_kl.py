@@ -10,14 +10,14 @@ from tests.losses.oracle import relative_error
 
 def bench(rank, world_size):
     """Rows, and the gradients of every contestant on this rank's shard."""
-    from megaqad.bench import kl
+    from megaqad.bench import kl_contestants as ends
     from megaqad.runtime.parallel import ParallelSizes, parallel
 
-    kl.import_modelopt()  # it cannot be imported once the CPU device layer is on
+    ends.import_modelopt()  # it cannot be imported once the CPU device layer is on
     with parallel(ParallelSizes(tensor=world_size)) as context:
         rows = list(sharded_kl.bench_sharded_kl(context, [(30, 401)], [(40, 500, 64)], repeats=2))
         student, teacher = (
-            z.tensor_split(world_size, 1)[rank] for z in kl.make_logits(30, 401, context.device, seed=0)
+            z.tensor_split(world_size, 1)[rank] for z in ends.make_logits(30, 401, context.device, seed=0)
         )
         contestants = sharded_kl._of_logits(student, teacher, context)
         return rows, {name: prepare()()[0] for name, prepare in contestants.items()}

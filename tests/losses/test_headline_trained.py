@@ -4,6 +4,7 @@ import pytest
 from torch import Tensor
 
 from megaqad.bench import kl
+from megaqad.bench.kl_contestants import Problem
 from megaqad.bench.trained import trained_problem
 
 
@@ -14,7 +15,7 @@ def ends(rank: int, world_size: int, include: list[str]) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize(("include", "all_bars"), [(["*.o_proj"], True), (["*"], False)])
 def test_errors_on_the_bundled_model(run_ranks, include: list[str], all_bars: bool) -> None:
-    problem = kl.Problem(*run_ranks(1, ends, include)[0])
+    problem = Problem(*run_ranks(1, ends, include)[0])
     rows = {row["impl"]: row for row in kl.errors(problem)}
     ours, theirs = rows["megaqad"], rows["modelopt"]
     print(ours, theirs)
