@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megaqad.data.sources import HELD_OUT_SHARE, SourceFile, Split
-from megaqad.errors import UserError
+from megaqad.errors import StoppedEarly, UserError
 
 LAYOUT_VERSION = 1
 """Part of the cache's hash: raise it when the same input must give other arrays."""
@@ -99,6 +99,8 @@ def load_tokenizer(model_dir: Path) -> Encoder:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except StoppedEarly:  # a signal that came in the meantime
+        raise
     except Exception as error:  # the Rust tokenizers raise plain Exception for a broken file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the tokenizer in {model_dir} cannot be loaded ({reason}): copy the model's own") from error

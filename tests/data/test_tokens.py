@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megaqad.data import DataSettings, build_datasets, prepare_tokens, tokens
 from megaqad.data.sources import split_files
 from megaqad.data.tokens import load_tokenizer, text_tokens
-from megaqad.errors import UserError
+from megaqad.errors import StoppedEarly, UserError
 
 ROOT = Path(__file__).parents[2]
 TEACHER = ROOT / "megaqad" / "assets" / "teacher"
@@ -220,6 +220,15 @@ def test_a_missing_or_broken_tokenizer_is_refused(text: Path, model: Path):
     (model / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="has no tokenizer"):
         build(text, model_dir=model)
+
+
+def test_a_stop_request_while_the_tokenizer_loads_is_no_tokenizer_error(monkeypatch: pytest.MonkeyPatch):
+    def stopped(*args: object, **kwargs: object) -> None:
+        raise StoppedEarly("SIGTERM")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", stopped)
+    with pytest.raises(StoppedEarly, match="SIGTERM"):
+        load_tokenizer(TEACHER)
 
 
 def test_an_unwritable_cache_is_refused(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
