@@ -38,7 +38,7 @@ from megaqad.nvfp4.triton_numbers import (
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read when the kernels are made, as Triton does
 
 _TILE = 1024 if _INTERPRETED else 256  # blocks per program; compiled, that is 32 elements a thread
-_AMAX_TILE = 1 << 16 if _INTERPRETED else 4096  # words per program; compiled, that is 8 reads of 16 bytes a thread
+_AMAX_TILE = 512  # blocks per step; that is 8 reads of 16 bytes a thread
 _WORDS = BLOCK_SIZE // 2  # words per block
 _MIN_GLOBAL_SCALE = tl.constexpr(MIN_GLOBAL_SCALE)
 _SAFE_GLOBAL_SCALE = tl.constexpr(2.0**-90)
@@ -100,15 +100,16 @@ def squared_errors(blocks: Tensor, scales: Tensor) -> Tensor:
 def row_amax(x: Tensor) -> Tensor:
     """As ``reference.row_amax``, bit for bit but for the payload of NaN."""
     _check_runnable(x.device)
-    if x.shape[-1] % 2 or x.numel() == 0:
+    if x.shape[-1] % BLOCK_SIZE or x.numel() == 0:
         return vectorized.row_amax(x)
     x = _in_words(x)
     bits = torch.empty((*x.shape[:-1], 1), dtype=torch.int32, device=x.device)
-    words = x.shape[-1] // 2
+    blocks = x.shape[-1] // BLOCK_SIZE
+    tile = min(triton.next_power_of_2(blocks), _AMAX_TILE)
     with _on_device_of(x):
         _amax_kernel[(bits.numel(), 1)](
-            _as_words(x), bits, words, FORMAT=_FORMAT[x.dtype], STEPS=triton.cdiv(words, _AMAX_TILE), ATOMIC=False,
-            TILE=_AMAX_TILE,
+            _as_words(x), bits, blocks, FORMAT=_FORMAT[x.dtype], STEPS=triton.cdiv(blocks, tile), ATOMIC=False,
+            TILE=tile, WORDS=_WORDS,
         )  # fmt: skip
     return bits.view(torch.float32)
 
@@ -116,12 +117,13 @@ def row_amax(x: Tensor) -> Tensor:
 def _tensor_amax(x: Tensor) -> Tensor:
     """``format.tensor_amax`` of what ``_in_words`` gives, in one pass."""
     bits = torch.zeros((), dtype=torch.int32, device=x.device)
-    words = x.numel() // 2
-    if words:
+    blocks = x.numel() // BLOCK_SIZE
+    if blocks:
         with _on_device_of(x):
-            _amax_kernel[(1, triton.cdiv(words, _AMAX_TILE))](
-                _as_words(x), bits, words, FORMAT=_FORMAT[x.dtype], STEPS=1, ATOMIC=True, TILE=_AMAX_TILE
-            )
+            _amax_kernel[(1, triton.cdiv(blocks, _AMAX_TILE))](
+                _as_words(x), bits, blocks, FORMAT=_FORMAT[x.dtype], STEPS=1, ATOMIC=True, TILE=_AMAX_TILE,
+                WORDS=_WORDS,
+            )  # fmt: skip
     return bits.view(torch.float32)
 
 
@@ -150,17 +152,18 @@ def _as_words(x: Tensor) -> Tensor:
 
 @triton.jit
 def _amax_kernel(
-    x_words: tl.tensor, amax: tl.tensor, words: tl.tensor,
-    FORMAT: tl.constexpr, STEPS: tl.constexpr, ATOMIC: tl.constexpr, TILE: tl.constexpr,
+    x_words: tl.tensor, amax: tl.tensor, blocks: tl.tensor,
+    FORMAT: tl.constexpr, STEPS: tl.constexpr, ATOMIC: tl.constexpr, TILE: tl.constexpr, WORDS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """x_words [rows, words] -> bits of the largest magnitude, int32 [rows]: a row of the grid for each, all of it.
+    """x_words [rows, blocks, 8] -> bits of the largest magnitude of each row, int32 [rows]; a grid of rows x parts.
 
-    ATOMIC: the row is divided among programs, of ``STEPS`` tiles each, that raise what ``amax`` holds.
+    A part of ``STEPS`` tiles is all of its row, or ATOMIC: one that raises what ``amax`` holds.
     """
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    top = tl.zeros([TILE], tl.float32)
-    for step in tl.static_range(STEPS):
-        at = (part * STEPS + step) * TILE + tl.arange(0, TILE)
+    words = blocks * WORDS  # as a product, so that the compiler knows its factor and reads 16 bytes at a time
+    top = tl.zeros([TILE * WORDS], tl.float32)
+    for step in range(STEPS):
+        at = (part * STEPS + step) * (TILE * WORDS) + tl.arange(0, TILE * WORDS)
         even, odd = split_word(tl.load(x_words + row * words + at, mask=at < words, other=0), FORMAT)
         pair = tl.maximum(tl.abs(even), tl.abs(odd), propagate_nan=tl.PropagateNan.ALL)
         top = tl.maximum(top, pair, propagate_nan=tl.PropagateNan.ALL)

@@ -184,7 +184,8 @@ def test_rows_with_scales_of_their_own(impl, dtype, kind):
 @dtypes
 @kinds
 def test_row_amax_is_each_row_s(impl, dtype, kind):
-    for x in (make(kind, dtype), make(kind, dtype).t(), make(kind, dtype)[:, :7], make(kind, dtype)[:0]):
+    whole = make(kind, dtype)
+    for x in (whole, whole[:, :16].t(), whole[:9, :7], whole[:0]):
         assert_same_bits(row_amax(x, impl=impl), x.float().abs().amax(-1, keepdim=True))
     x = make(kind, dtype)
     x[3, 5], x[4, 6] = float("nan"), float("-inf")
