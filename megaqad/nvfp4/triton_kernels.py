@@ -7,6 +7,11 @@ an int64. What is done with them, and why it gives the same bits everywhere, is 
 A quotient that underflows to zero is told from one that does not by comparing dividend and divisor, both scaled: it
 decides between code 0 and code 8, and whether a block counts as zero.
 
+Compiled for Hopper, a BF16 element costs 19 instructions on the way to its value, 23 to its code, 27 to both, and 11
+back from it, 9 to 13 of them (5 back) on the pipe for integers and comparisons, which is half as wide as that for
+multiply-adds. At 4 bytes read and written per value that is half of what an H200's multiprocessors can issue in the
+time in which its memory moves them. Counted in the machine code, without the path for tiny tensors; not measured.
+
 Needs Triton, and a CUDA device unless the process runs with ``TRITON_INTERPRET=1``. Imported only when asked for.
 """
 

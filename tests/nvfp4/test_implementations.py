@@ -184,10 +184,10 @@ def test_rows_with_scales_of_their_own(impl, dtype, kind):
 @dtypes
 @kinds
 def test_row_amax_is_each_row_s(impl, dtype, kind):
-    whole = make(kind, dtype)
-    for x in (whole, whole[:, :16].t(), whole[:9, :7], whole[:0]):
+    some = make(kind, dtype)[:24]
+    for x in (some, some[:, :16].t(), some[:9, :7], some[:0]):
         assert_same_bits(row_amax(x, impl=impl), x.float().abs().amax(-1, keepdim=True))
-    x = make(kind, dtype)
+    x = some.clone()
     x[3, 5], x[4, 6] = float("nan"), float("-inf")
     assert torch.isnan(row_amax(x, impl=impl)).flatten().nonzero().tolist() == [[3]]
     assert torch.isposinf(row_amax(x, impl=impl)).flatten().nonzero().tolist() == [[4]]
