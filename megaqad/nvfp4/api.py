@@ -20,9 +20,8 @@ from typing import Literal, Protocol, cast, get_args
 import torch
 from torch import Tensor
 
-from megaqad.nvfp4 import format as definition
 from megaqad.nvfp4 import native, reference, vectorized
-from megaqad.nvfp4.format import BLOCK_SIZE, SUPPORTED_DTYPES, NVFP4Tensor, check_quantizable
+from megaqad.nvfp4.format import BLOCK_SIZE, NVFP4Tensor, check_quantizable
 from megaqad.nvfp4.straight_through import straight_through
 
 _log = logging.getLogger(__name__)
@@ -31,12 +30,17 @@ Impl = Literal["auto", "reference", "torch", "native", "triton"]
 
 
 class Implementation(Protocol):
-    """What a module must define to serve as an implementation. Inputs are already checked; no gradients flow."""
+    """What a module must define to serve as an implementation: ``reference.py`` says what each function gives.
 
-    def quantize(self, x: Tensor, amax: Tensor | None, block_amax: Tensor | None = None) -> NVFP4Tensor: ...
+    Inputs are already checked; no gradients flow.
+    """
+
+    def run(
+        self, x: Tensor, amax: Tensor | None, block_amax: Tensor | None = None, *, want_values: bool, want_codes: bool
+    ) -> tuple[Tensor | None, NVFP4Tensor | None]: ...
     def dequantize(self, q: NVFP4Tensor, dtype: torch.dtype) -> Tensor: ...
-    def fake_quantize(self, x: Tensor, amax: Tensor | None) -> Tensor: ...
-    def fake_quantize_packed(self, x: Tensor, amax: Tensor | None) -> tuple[Tensor, NVFP4Tensor]: ...
+    def squared_errors(self, blocks: Tensor, scales: Tensor) -> Tensor: ...
+    def row_amax(self, x: Tensor) -> Tensor: ...
 
 
 def implementation(impl: Impl, device: torch.device) -> Implementation:
@@ -115,7 +119,9 @@ def quantize(
         raise ValueError(
             f"block_amax needs an amax and one value per block of {list(x.shape)}, not shape {list(block_amax.shape)}"
         )
-    return implementation(impl, x.device).quantize(x, amax, block_amax)
+    _, q = implementation(impl, x.device).run(x, amax, block_amax, want_values=False, want_codes=True)
+    assert q is not None
+    return q
 
 
 @torch.no_grad()
@@ -131,7 +137,8 @@ def fake_quantize(x: Tensor, amax: Tensor | None = None, *, impl: Impl = "auto")
     """
     check_quantizable(x, amax)
     with torch.no_grad():  # an amax that is being learned gets its gradient from its own layer, not from here
-        values = implementation(impl, x.device).fake_quantize(x, amax)
+        values, _ = implementation(impl, x.device).run(x, amax, want_values=True, want_codes=False)
+    assert values is not None
     return straight_through(x, values) if torch.is_grad_enabled() and x.requires_grad else values
 
 
@@ -143,11 +150,16 @@ def fake_quantize_packed(x: Tensor, amax: Tensor | None = None, *, impl: Impl = 
     4.5 bits per element instead of 16. No gradient flows through it.
     """
     check_quantizable(x, amax)
-    return implementation(impl, x.device).fake_quantize_packed(x, amax)
+    values, q = implementation(impl, x.device).run(x, amax, want_values=True, want_codes=True)
+    assert values is not None
+    assert q is not None
+    return values, q
 
 
-def row_amax(x: Tensor) -> Tensor:
-    """Largest magnitude of each row of ``x`` [..., K] as float32 ``[..., 1]``; NaN where the row holds one."""
-    if x.dtype in SUPPORTED_DTYPES and implementation("auto", x.device) is native:
-        return native.row_amax(x)
-    return definition.row_amax(x)
+@torch.no_grad()
+def row_amax(x: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """Largest magnitude of each row of ``x`` [..., K] as float32 ``[..., 1]``; NaN where the row holds one.
+
+    For the dtypes of ``quantize``, and any K.
+    """
+    return implementation(impl, x.device).row_amax(x)

@@ -25,10 +25,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megaqad.nvfp4 import native, reference
+from megaqad.nvfp4 import reference
 from megaqad.nvfp4.api import Impl, implementation
 from megaqad.nvfp4.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, check_quantizable, global_scale_from_amax
-from megaqad.nvfp4.vectorized import Rounder, block_maxima, pieces
+from megaqad.nvfp4.vectorized import block_maxima
 
 Method = Literal["max", "mse", "four_over_six"]
 METHODS: tuple[Method, ...] = ("max", "mse", "four_over_six")
@@ -40,7 +40,7 @@ _BELOW, _CANDIDATES = 14, 24
 _SUBNORMAL_CODES, _SUBNORMAL_CANDIDATES = 16, 40
 
 Errors = Callable[[Tensor, Tensor], Tensor]
-"""``squared_errors``, or the same in C++."""
+"""``Implementation.squared_errors``."""
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def choose_scales(x: Tensor, amax: Tensor, method: Method, *, impl: Impl = "auto
     Args:
         x: [..., K] in the dtype that is exported.
         amax: float32 [], largest magnitude of the whole tensor: over its shards and what engines fuse with it.
-        impl: ``reference`` for the readable form; the same numbers. There is none of Triton's: ``torch`` does it.
+        impl: ``reference`` for the readable form; the same numbers. Triton has no kernel for it and does as ``torch``.
 
     Returns:
         float32 [] and float32 [..., K // 16]. Blocks do not see each other: under a common ``amax`` the result of a
@@ -61,7 +61,7 @@ def choose_scales(x: Tensor, amax: Tensor, method: Method, *, impl: Impl = "auto
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
     blocks = x.detach().contiguous().view(-1, BLOCK_SIZE)  # [B, 16]
     largest = block_maxima(blocks)
-    errors = native.squared_errors if implementation(impl, x.device) is native else squared_errors
+    errors = implementation(impl, x.device).squared_errors
     if method == "four_over_six":
         amax = amax * (E4M3_MAX / FOUR_OVER_SIX_E4M3_MAX)
         block_amax = _four_or_six(blocks, largest, amax, errors)
@@ -71,25 +71,6 @@ def choose_scales(x: Tensor, amax: Tensor, method: Method, *, impl: Impl = "auto
         block_amax = largest
     block_amax = torch.where(largest == 0, 0.0, block_amax)
     return amax, block_amax.view(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE)
-
-
-def _sum16(squares: Tensor) -> Tensor:
-    """Sum over the last dim of 16, always in the same order, neighbours first: [.., 16] -> [..]."""
-    while squares.shape[-1] > 1:
-        squares = squares[..., 0::2] + squares[..., 1::2]
-    return squares.squeeze(-1)
-
-
-def squared_errors(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Of contiguous ``blocks`` [B, 16] rounded to E2M1 under ``scales`` float32 [B]: float32 [B]."""
-    errors = torch.empty_like(scales)
-    for piece in pieces(len(blocks), blocks.device):
-        part, scale = blocks[piece].float(), scales[piece].unsqueeze(-1)
-        rounder = Rounder(len(part), blocks.device)
-        y = rounder.y.copy_(part).div_(scale)
-        rounder.round_()
-        errors[piece] = _sum16(y.mul_(scale).sub_(part).square_())
-    return errors
 
 
 def _e4m3_value(codes: Tensor) -> Tensor:
@@ -131,8 +112,5 @@ def _sweep_all(blocks: Tensor, amax: Tensor) -> Tensor:
     """The definition of ``mse``: every scale there is."""
     global_scale = global_scale_from_amax(amax)
     candidates = _e4m3_value(torch.arange(1, LARGEST_CODE + 1, device=blocks.device))  # [126]
-    errors = []
-    for scale in candidates * global_scale:
-        rounded = reference.decode_e2m1(reference.encode_e2m1(blocks.float() / scale)) * scale
-        errors.append(_sum16((rounded - blocks.float()).square()))
+    errors = [reference.squared_errors(blocks, scale.expand(len(blocks))) for scale in candidates * global_scale]
     return candidates[torch.stack(errors).argmin(0)] * (E2M1_MAX * global_scale)

@@ -69,11 +69,6 @@ def tensor_amax(x: Tensor) -> Tensor:
     return torch.maximum(-low, high).float()
 
 
-def row_amax(x: Tensor) -> Tensor:
-    """Largest magnitude of each row of ``x`` [..., K] as float32 ``[..., 1]``; NaN where the row holds one."""
-    return x.detach().abs().amax(-1, keepdim=True).float()
-
-
 def global_scale_from_amax(amax: Tensor) -> Tensor:
     """The second-level scale ``amax / 2688``, float32 in the shape of ``amax``, never below ``MIN_GLOBAL_SCALE``.
 

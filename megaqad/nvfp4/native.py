@@ -49,59 +49,10 @@ def unavailable() -> str | None:
     return compiled.reason(_load())
 
 
-def quantize(x: Tensor, amax: Tensor | None, block_amax: Tensor | None = None) -> NVFP4Tensor:
-    """As ``reference.quantize``, bit for bit."""
-    _, q = _quantize(x, amax, want_values=False, want_codes=True, block_amax=block_amax)
-    assert q is not None
-    return q
-
-
-def fake_quantize(x: Tensor, amax: Tensor | None) -> Tensor:
-    """As ``reference.fake_quantize``, bit for bit."""
-    values, _ = _quantize(x, amax, want_values=True, want_codes=False)
-    assert values is not None
-    return values
-
-
-def fake_quantize_packed(x: Tensor, amax: Tensor | None) -> tuple[Tensor, NVFP4Tensor]:
-    """As ``reference.fake_quantize_packed``, bit for bit."""
-    values, q = _quantize(x, amax, want_values=True, want_codes=True)
-    assert values is not None
-    assert q is not None
-    return values, q
-
-
-def dequantize(q: NVFP4Tensor, dtype: torch.dtype) -> Tensor:
-    """As ``reference.dequantize``, bit for bit."""
-    codes, scales, global_scale = (t.contiguous() for t in (q.codes, q.block_scales, q.global_scale))
-    values = torch.empty(q.shape, dtype=dtype)
-    shape, addresses = _shape(values, global_scale), map(address, (codes, scales, global_scale, values))
-    if values.numel():
-        compiled.library(_load()).megaqad_nvfp4_dequantize(*addresses, ctypes.byref(shape))
-    return values
-
-
-def squared_errors(blocks: Tensor, scales: Tensor) -> Tensor:
-    """As ``calibration.squared_errors``, bit for bit."""
-    errors = torch.empty_like(scales)
-    if len(blocks):
-        addresses = map(address, (blocks, scales, errors))
-        compiled.library(_load()).megaqad_nvfp4_squared_errors(*addresses, ctypes.byref(_shape(blocks, scales)))
-    return errors
-
-
-def row_amax(x: Tensor) -> Tensor:
-    """As ``format.row_amax``, bit for bit but for the payload of NaN."""
-    x = x.detach().contiguous()
-    out = x.new_empty((*x.shape[:-1], 1))
-    sizes = ctypes.c_int64(out.numel()), ctypes.c_int64(x.shape[-1])
-    compiled.library(_load()).megaqad_nvfp4_row_amax(address(x), address(out), _TYPES[x.dtype], *sizes, _threads(x))
-    return out.float()
-
-
-def _quantize(
-    x: Tensor, amax: Tensor | None, *, want_values: bool, want_codes: bool, block_amax: Tensor | None = None
+def run(
+    x: Tensor, amax: Tensor | None, block_amax: Tensor | None = None, *, want_values: bool, want_codes: bool
 ) -> tuple[Tensor | None, NVFP4Tensor | None]:
+    """As ``reference.run``, bit for bit."""
     x = x.detach().contiguous()
     global_scale = global_scale_from_amax(tensor_amax(x) if amax is None else amax).detach().contiguous()
     chosen = None if block_amax is None else block_amax.detach().contiguous()
@@ -116,6 +67,34 @@ def _quantize(
     if codes is None or scales is None:
         return values, None
     return values, NVFP4Tensor(codes, scales, global_scale)
+
+
+def dequantize(q: NVFP4Tensor, dtype: torch.dtype) -> Tensor:
+    """As ``reference.dequantize``, bit for bit."""
+    codes, scales, global_scale = (t.contiguous() for t in (q.codes, q.block_scales, q.global_scale))
+    values = torch.empty(q.shape, dtype=dtype)
+    shape, addresses = _shape(values, global_scale), map(address, (codes, scales, global_scale, values))
+    if values.numel():
+        compiled.library(_load()).megaqad_nvfp4_dequantize(*addresses, ctypes.byref(shape))
+    return values
+
+
+def squared_errors(blocks: Tensor, scales: Tensor) -> Tensor:
+    """As ``reference.squared_errors``, bit for bit."""
+    errors = torch.empty_like(scales)
+    if len(blocks):
+        addresses = map(address, (blocks, scales, errors))
+        compiled.library(_load()).megaqad_nvfp4_squared_errors(*addresses, ctypes.byref(_shape(blocks, scales)))
+    return errors
+
+
+def row_amax(x: Tensor) -> Tensor:
+    """As ``reference.row_amax``, bit for bit but for the payload of NaN."""
+    x = x.detach().contiguous()
+    out = x.new_empty((*x.shape[:-1], 1))
+    sizes = ctypes.c_int64(out.numel()), ctypes.c_int64(x.shape[-1])
+    compiled.library(_load()).megaqad_nvfp4_row_amax(address(x), address(out), _TYPES[x.dtype], *sizes, _threads(x))
+    return out.float()
 
 
 def _shape(elements: Tensor, global_scale: Tensor) -> _Shape:

@@ -72,12 +72,23 @@ def dequantize(q: NVFP4Tensor, dtype: torch.dtype) -> Tensor:
     return (blocks * scales.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
-def fake_quantize(x: Tensor, amax: Tensor | None) -> Tensor:
-    """``x`` [..., K] after one trip through NVFP4, in its own dtype."""
-    return dequantize(quantize(x, amax), x.dtype)
+def run(
+    x: Tensor, amax: Tensor | None, block_amax: Tensor | None = None, *, want_values: bool, want_codes: bool
+) -> tuple[Tensor | None, NVFP4Tensor | None]:
+    """What is wanted of ``x`` [..., K]: its values after one trip through NVFP4, in its own dtype, and its codes."""
+    q = quantize(x, amax, block_amax)
+    return dequantize(q, x.dtype) if want_values else None, q if want_codes else None
 
 
-def fake_quantize_packed(x: Tensor, amax: Tensor | None) -> tuple[Tensor, NVFP4Tensor]:
-    """``fake_quantize(x)`` and the NVFP4 tensor it is the value of."""
-    q = quantize(x, amax)
-    return dequantize(q, x.dtype), q
+def squared_errors(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Of ``blocks`` [B, 16] rounded to E2M1 under ``scales`` float32 [B]: float32 [B], neighbours summed first."""
+    scale = scales.unsqueeze(-1)
+    errors = (decode_e2m1(encode_e2m1(blocks.float() / scale)) * scale - blocks.float()).square()
+    while errors.shape[-1] > 1:
+        errors = errors[..., 0::2] + errors[..., 1::2]
+    return errors.squeeze(-1)
+
+
+def row_amax(x: Tensor) -> Tensor:
+    """Largest magnitude of each row of ``x`` [..., K] as float32 ``[..., 1]``; NaN where the row holds one."""
+    return x.detach().abs().amax(-1, keepdim=True).float()

@@ -4,12 +4,15 @@ Everything is float32 and integer arithmetic that IEEE 754 pins down, the same b
 interpreter:
 
 Division is correctly rounded, which Triton's ``/`` is not. ``div_rn`` is, at a dozen instructions, as many as all the
-rest of an element's work. ``divide`` needs five: from a correctly rounded reciprocal ``r`` of the divisor, shared by
-the block, one fused multiply-add pair makes ``a * r`` faithful, and a second one makes it correctly rounded (Markstein,
-IBM J. Res. Dev. 34, 1990). It holds while the remainders are representable, which below a global scale of 2**-90 they
-may not be; a tensor that small takes ``div_rn``, and so does the interpreter, whose ``fma`` rounds twice.
+rest of an element's work. ``quotient`` needs three: ``a * r`` with the reciprocal ``r`` of the divisor, shared by the
+block, and one fused multiply-add pair that corrects it (Markstein, IBM J. Res. Dev. 34, 1990). For dividends of up to
+11 significant bits, which BF16 and FP16 are, that is right for every divisor when ``r`` is correctly rounded, and also
+for what ``reciprocal`` makes of the hardware's estimate: tried for all of them (``tests/nvfp4/test_division.py``).
+FP32 dividends take a correctly rounded ``r`` and a second pair. It holds while the remainders are representable, which
+below a global scale of 2**-90 they may not be; a tensor that small takes ``div_rn``.
 
-Rounding to E2M1 and E4M3 is by adding and subtracting a large power of two; see ``vectorized``. Casts to FP8 would be
+Rounding to E2M1 and E4M3 is by adding and subtracting a large number; see ``vectorized``. It is 1.5 times a power of
+two, so that the last place of the sum is the same for both signs. Casts to FP8 would be
 right when compiled and wrong in the interpreter, as those to BF16 are: there that one is spelled out on the bits.
 """
 
@@ -18,10 +21,13 @@ import triton
 import triton.language as tl
 
 _EXPONENT = tl.constexpr(0x7F800000)
-_ONE_BITS = tl.constexpr(0x3F800000)
+_MANTISSA = tl.constexpr(0x007FFFFF)
 _MIN_NORMAL_E4M3 = tl.constexpr(2.0**-6)
-_MIN_NORMAL_E4M3_BITS = tl.constexpr(0x3C800000)
 _MIN_E4M3 = tl.constexpr(2.0**-9)
+_E4M3_ROUNDER = tl.constexpr(1.5 * 2.0**20)  # times 2**e: the last place of the sum is worth 2**(e - 3)
+_E2M1_ROUNDER = tl.constexpr(1.5 * 2.0**22)  # 2**(e - 1)
+_DOWN_TO_BITS = tl.constexpr(2.0**-126)  # E2M1 values times this have their codes where a float32's exponent begins
+_UP_FROM_BITS = tl.constexpr(2.0**126)
 
 
 @triton.jit
@@ -68,25 +74,46 @@ def _bf16_bits(v: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def magnitude_bits(v: tl.tensor) -> tl.tensor:
-    """Bits of ``abs(v)``: non-negative floats order as these integers do, with NaN above infinity."""
-    return v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+def largest(even: tl.tensor, odd: tl.tensor) -> tl.tensor:
+    """Largest magnitude of each row of two [rows, words]: float32 [rows], NaN where the row holds one."""
+    pair = tl.maximum(tl.abs(even), tl.abs(odd), propagate_nan=tl.PropagateNan.ALL)
+    # Non-negative floats order as their bits do, with NaN above infinity.
+    return tl.max(pair.to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def divide(a: tl.tensor, b: tl.tensor, r: tl.tensor) -> tl.tensor:
-    """``a / b`` correctly rounded, for ``r`` the correctly rounded ``1 / b``; NaN where it overflows."""
-    faithful = a * r
-    faithful = tl.fma(tl.fma(-b, faithful, a), r, faithful)
-    return tl.fma(tl.fma(-b, faithful, a), r, faithful)
+def reciprocal(b: tl.tensor, SHORT: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """``1 / b`` of positive ``b``, correctly rounded; SHORT: near enough for dividends of 11 bits."""
+    if SHORT and not INTERPRETED:
+        estimate = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [b], dtype=tl.float32, is_pure=True, pack=1
+        )
+        r = tl.fma(tl.fma(-b, estimate, tl.full(b.shape, 1.0, tl.float32)), estimate, estimate)
+        # For a mantissa of ones Newton's step ends a unit short: its reciprocal lies next to half way.
+        bits = r.to(tl.int32, bitcast=True)
+        ones = (b.to(tl.int32, bitcast=True) & _MANTISSA) == _MANTISSA
+        return tl.where(ones, bits | 1, bits).to(tl.float32, bitcast=True)
+    else:
+        return tl.div_rn(tl.full(b.shape, 1.0, tl.float32), b)
+
+
+@triton.jit
+def quotient(a: tl.tensor, b: tl.tensor, r: tl.tensor, SHORT: tl.constexpr) -> tl.tensor:
+    """``a / b`` correctly rounded, for ``r`` of ``reciprocal``; NaN where it overflows. SHORT: ``a`` has 11 bits."""
+    q = a * r
+    q = tl.fma(tl.fma(-b, q, a), r, q)
+    if not SHORT:
+        q = tl.fma(tl.fma(-b, q, a), r, q)
+    return q
 
 
 @triton.jit
 def round_to_e4m3(s: tl.tensor) -> tl.tensor:
     """Round float32 in 2**-9..448 to the values of E4M3, ties to even; NaN stays NaN."""
-    power = tl.maximum(s.to(tl.int32, bitcast=True) & _EXPONENT, _MIN_NORMAL_E4M3_BITS)
-    rounder = (power + (20 << 23)).to(tl.float32, bitcast=True)
-    return (s + rounder) - rounder
+    power = (s.to(tl.int32, bitcast=True) & _EXPONENT).to(tl.float32, bitcast=True)
+    power = tl.maximum(power, _MIN_NORMAL_E4M3)
+    rounder = tl.full(s.shape, _E4M3_ROUNDER, tl.float32)
+    return tl.fma(power, -rounder, tl.fma(power, rounder, s))
 
 
 @triton.jit
@@ -108,29 +135,23 @@ def e4m3_value(byte: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def round_to_e2m1(y: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Magnitude and code 0..7 of a non-negative float32, ties to even; beyond 6, and for NaN, 6 and 7."""
-    y = tl.where(y < 6.0, y, 6.0)
-    power = tl.maximum(y.to(tl.int32, bitcast=True) & _EXPONENT, _ONE_BITS)  # of 1, 2 or 4
-    rounder = power + (22 << 23)  # 2**22 times that: its last place is worth half of it
-    total = y + rounder.to(tl.float32, bitcast=True)
-    magnitude = total - rounder.to(tl.float32, bitcast=True)
-    code = (total.to(tl.int32, bitcast=True) - rounder) + ((power - _ONE_BITS) >> 22)
-    return magnitude, code
+def round_to_e2m1(y: tl.tensor) -> tl.tensor:
+    """Round float32 of a magnitude below 7 to the values of E2M1, ties to even, zeros positive; NaN stays NaN."""
+    power = (y.to(tl.int32, bitcast=True) & _EXPONENT).to(tl.float32, bitcast=True)
+    power = tl.maximum(power, 1.0)  # 1, 2 or 4
+    rounder = tl.full(y.shape, _E2M1_ROUNDER, tl.float32)
+    return tl.fma(power, -rounder, tl.fma(power, rounder, y))
 
 
 @triton.jit
-def with_sign(magnitude: tl.tensor, x: tl.tensor, scale: tl.tensor) -> tl.tensor:
-    """``magnitude * scale`` with the sign of ``x``, zeros positive: adding +0.0 turns -0.0 into it and no other bit."""
-    sign = x.to(tl.int32, bitcast=True) & -0x80000000
-    signed = (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    return tl.fma(signed, tl.broadcast_to(scale, signed.shape), tl.zeros(signed.shape, tl.float32))
+def e2m1_code(v: tl.tensor) -> tl.tensor:
+    """The code 0..7, in an int32, of the magnitude of a value of E2M1; 7 for NaN."""
+    return ((tl.abs(v) * _DOWN_TO_BITS).to(tl.uint32, bitcast=True) >> 22).to(tl.int32) & 7
 
 
 @triton.jit
 def e2m1_value(code: tl.tensor) -> tl.tensor:
     """float32 of an E2M1 code 0..15 held in an int32; code 8 is plain 0."""
-    magnitude = code & 7
-    normal = ((magnitude + 252) << 22).to(tl.float32, bitcast=True)
-    value = tl.where(magnitude < 2, magnitude.to(tl.float32) * 0.5, normal)
-    return tl.where(code >= 8, 0.0 - value, value)
+    bits = ((code & 7) << 22) | ((code & 8) << 28)
+    up = tl.full(code.shape, _UP_FROM_BITS, tl.float32)
+    return tl.fma(bits.to(tl.float32, bitcast=True), up, tl.zeros(code.shape, tl.float32))  # -0.0 + 0.0 is 0.0

@@ -53,48 +53,15 @@ _BYTE_VALUES = [
 ]
 
 
-def quantize(x: Tensor, amax: Tensor | None, block_amax: Tensor | None = None) -> NVFP4Tensor:
-    """As ``reference.quantize``, bit for bit."""
-    _, q = _run(x, amax, values=None, codes=_empty_codes(x), block_amax=block_amax)
-    assert q is not None
-    return q
-
-
-def fake_quantize(x: Tensor, amax: Tensor | None) -> Tensor:
-    """As ``reference.fake_quantize``, bit for bit."""
-    values, _ = _run(x, amax, values=_empty_values(x), codes=None)
-    assert values is not None
-    return values
-
-
-def fake_quantize_packed(x: Tensor, amax: Tensor | None) -> tuple[Tensor, NVFP4Tensor]:
-    """As ``reference.fake_quantize_packed``, bit for bit."""
-    values, q = _run(x, amax, values=_empty_values(x), codes=_empty_codes(x))
-    assert values is not None
-    assert q is not None
-    return values, q
-
-
-def dequantize(q: NVFP4Tensor, dtype: torch.dtype) -> Tensor:
-    """As ``reference.dequantize``, bit for bit: one table look-up gives the two values of a byte."""
-    device = q.codes.device
-    table = _byte_table(device)
-    codes = q.codes.reshape(-1, BLOCK_SIZE // 2)
-    scales = q.block_scales.float().mul_(q.global_scale).reshape(-1, 1)
-    out = torch.empty(q.shape, dtype=dtype, device=device)
-    flat = out.view(-1, BLOCK_SIZE)
-    for piece in pieces(len(codes), device):
-        pairs = torch.index_select(table, 0, codes[piece].flatten().int())
-        flat[piece] = pairs.view(torch.float32).view(-1, BLOCK_SIZE).mul_(scales[piece])
-    return out
-
-
-def _run(
-    x: Tensor, amax: Tensor | None, values: Tensor | None, codes: Tensor | None, block_amax: Tensor | None = None
+def run(
+    x: Tensor, amax: Tensor | None, block_amax: Tensor | None = None, *, want_values: bool, want_codes: bool
 ) -> tuple[Tensor | None, NVFP4Tensor | None]:
-    """One pass over ``x`` that fills whichever of ``values`` [..., K] and ``codes`` [..., K // 2] is given."""
+    """As ``reference.run``, bit for bit, in one pass over ``x``."""
     blocks = x.detach().contiguous().view(-1, BLOCK_SIZE)
     block_scales, scales, global_scale = _scales(blocks, amax, block_amax, (*x.shape[:-1], x.shape[-1] // BLOCK_SIZE))
+    # Dense, whatever strides x has in dimensions of one.
+    values = torch.empty(x.shape, dtype=x.dtype, device=x.device) if want_values else None
+    codes = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8, device=x.device) if want_codes else None
     flat_values = None if values is None else values.view(-1, BLOCK_SIZE)
     flat_codes = None if codes is None else codes.view(-1, BLOCK_SIZE // 2)
 
@@ -116,6 +83,41 @@ def _run(
     if codes is None:
         return values, None
     return values, NVFP4Tensor(codes, block_scales.view(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE), global_scale)
+
+
+def dequantize(q: NVFP4Tensor, dtype: torch.dtype) -> Tensor:
+    """As ``reference.dequantize``, bit for bit: one table look-up gives the two values of a byte."""
+    device = q.codes.device
+    table = _byte_table(device)
+    codes = q.codes.reshape(-1, BLOCK_SIZE // 2)
+    scales = q.block_scales.float().mul_(q.global_scale).reshape(-1, 1)
+    out = torch.empty(q.shape, dtype=dtype, device=device)
+    flat = out.view(-1, BLOCK_SIZE)
+    for piece in pieces(len(codes), device):
+        pairs = torch.index_select(table, 0, codes[piece].flatten().int())
+        flat[piece] = pairs.view(torch.float32).view(-1, BLOCK_SIZE).mul_(scales[piece])
+    return out
+
+
+def squared_errors(blocks: Tensor, scales: Tensor) -> Tensor:
+    """As ``reference.squared_errors``, bit for bit; ``blocks`` are contiguous."""
+    errors = torch.empty_like(scales)
+    for piece in pieces(len(blocks), blocks.device):
+        part, scale = blocks[piece].float(), scales[piece].unsqueeze(-1)
+        rounder = Rounder(len(part), blocks.device)
+        squares = rounder.y.copy_(part).div_(scale)
+        rounder.round_()
+        squares.mul_(scale).sub_(part).square_()
+        while squares.shape[-1] > 1:
+            squares = squares[..., 0::2] + squares[..., 1::2]
+        errors[piece] = squares.squeeze(-1)
+    return errors
+
+
+def row_amax(x: Tensor) -> Tensor:
+    """As ``reference.row_amax``, bit for bit, without a copy of ``x``."""
+    low, high = torch.aminmax(x.detach(), dim=-1, keepdim=True)
+    return torch.maximum(low.abs(), high.abs()).float()  # not -low, which would be -0.0 for zeros
 
 
 class Rounder:
@@ -191,14 +193,6 @@ def pieces(blocks: int, device: torch.device) -> Iterator[slice]:
     """Cut ``blocks`` into ranges that are worked on one after another."""
     size = _BLOCKS_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else _BLOCKS_PER_LAUNCH
     return (slice(start, min(start + size, blocks)) for start in range(0, blocks, size))
-
-
-def _empty_values(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _empty_codes(x: Tensor) -> Tensor:
-    return torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8, device=x.device)
 
 
 def _byte_table(device: torch.device) -> Tensor:

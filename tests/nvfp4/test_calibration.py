@@ -3,8 +3,17 @@
 import pytest
 import torch
 
-from megaqad.nvfp4 import METHODS, choose_scales, dequantize, native, quantize, row_amax, tensor_amax
-from megaqad.nvfp4.calibration import squared_errors
+from megaqad.nvfp4 import (
+    METHODS,
+    choose_scales,
+    dequantize,
+    native,
+    quantize,
+    reference,
+    row_amax,
+    tensor_amax,
+    vectorized,
+)
 from megaqad.nvfp4.reference import decode_e2m1, encode_e2m1
 from tests.nvfp4 import data
 from tests.nvfp4.data import assert_same_bits
@@ -54,7 +63,8 @@ def test_the_fast_choice_is_the_reference_s(method, kind, dtype, impl):
 def test_squared_errors_in_all_bits(kind, dtype):
     blocks = data.make(kind, dtype).view(-1, 16)[:951].contiguous()
     scales = blocks.float().abs().amax(-1).clamp_min(2.0**-100) / torch.linspace(2.0, 9.0, len(blocks))
-    assert_same_bits(native.squared_errors(blocks, scales), squared_errors(blocks, scales))
+    for implementation in (vectorized, native):
+        assert_same_bits(implementation.squared_errors(blocks, scales), reference.squared_errors(blocks, scales))
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch", NATIVE])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaqad.nvfp4 import NVFP4Tensor, native, reference, row_amax
+from megaqad.nvfp4 import NVFP4Tensor, native, quantize, reference, row_amax
 from tests.nvfp4 import data
 from tests.nvfp4.data import DTYPES, assert_same_bits
 from tests.nvfp4.implementations import WITHOUT_COMPILER, run_python
@@ -30,13 +30,13 @@ def test_every_number_of_blocks_and_rows(blocks, dtype):
         x = flat[: rows * blocks * 16].view(rows, blocks * 16)
         for amax in (None, row_amax(x)):
             expected = reference.quantize(x, amax)
-            values, packed = native.fake_quantize_packed(x, amax)
+            values, packed = native.run(x, amax, want_values=True, want_codes=True)
             assert_same(packed, expected)
             assert_same_bits(values, reference.dequantize(expected, dtype))
             assert_same_bits(native.dequantize(expected, dtype), values)
             chosen = torch.rand(rows, blocks) * 3
-            assert_same(native.quantize(x, x.new_ones((), dtype=torch.float32), chosen),
-                        reference.quantize(x, x.new_ones((), dtype=torch.float32), chosen))  # fmt: skip
+            one = torch.ones(())
+            assert_same(quantize(x, one, block_amax=chosen, impl="native"), reference.quantize(x, one, chosen))
 
 
 @needs_compiler
@@ -46,7 +46,7 @@ def test_a_view_that_begins_anywhere(dtype):
     storage = torch.zeros(4096 + 1, dtype=dtype)
     x = storage[1:].view(16, 256).copy_(data.make("normal", dtype).flatten()[:4096].view(16, 256))
     q = reference.quantize(x, None)
-    assert_same(native.quantize(x, None), q)
+    assert_same(quantize(x, impl="native"), q)
     moved = [
         torch.cat((t.new_zeros(1), t.flatten()))[1:].view_as(t) for t in (q.codes, q.block_scales.view(torch.uint8))
     ]
@@ -76,7 +76,7 @@ def test_nan_of_any_payload_stays_nan(dtype):
     for payload in payloads:
         x = torch.ones(2, 256, dtype=dtype)
         x.view(bits)[0, 17] = payload
-        values, packed = native.fake_quantize_packed(x, torch.ones(()))
+        values, packed = native.run(x, torch.ones(()), want_values=True, want_codes=True)
         assert_same(packed, reference.quantize(x, torch.ones(())))
         assert torch.isnan(values).nonzero()[:, 1].tolist() == list(range(16, 32))
 
@@ -88,7 +88,7 @@ def test_any_number_of_threads_gives_the_same_bits():
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append((*native.fake_quantize_packed(x, amax), row_amax(x)))
+        results.append((*native.run(x, amax, want_values=True, want_codes=True), row_amax(x)))
     torch.set_num_threads(before)
     for values, packed, maxima in results[1:]:
         assert_same_bits(values, results[0][0])

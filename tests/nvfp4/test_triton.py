@@ -1,40 +1,14 @@
-"""What the interpreter cannot show of the Triton kernels: their division, their compiled code, their absence."""
+"""What the interpreter cannot show of the Triton kernels: their compiled code, their absence."""
 
-import ctypes
 import json
 
-import numpy as np
 import pytest
 import torch
 
 from megaqad.nvfp4 import quantize
-from tests.nvfp4.data import MIDPOINTS
 from tests.nvfp4.implementations import TRITON_IS_MISSING, run_python
 
 needs_triton = pytest.mark.skipif(TRITON_IS_MISSING, reason="triton is not installed")
-
-
-def test_division_by_fused_multiply_add_is_division():
-    """The kernel's five-step quotient, with the C library's fused multiply-add, on quotients around every midpoint.
-
-    Dividends are the few floats on both sides of ``midpoint * divisor``: the only ones where a last bit decides.
-    """
-    libm = ctypes.CDLL(None)
-    libm.fmaf.restype = ctypes.c_float
-    libm.fmaf.argtypes = [ctypes.c_float] * 3
-    fma, f32 = libm.fmaf, np.float32
-    rng = np.random.default_rng(0)
-    smallest, largest = 2.0**-99, 448 * 2.0**127 / 2688
-    exponents = rng.uniform(np.log2(smallest), np.log2(largest), 400)
-    for divisor in (f32(2.0**e) for e in exponents):
-        r = f32(1) / divisor
-        for midpoint in MIDPOINTS:
-            near = np.int64(f32(midpoint * np.float64(divisor)).view(np.int32))
-            for a in (near + np.arange(-3, 4)).astype(np.int32).view(np.float32):
-                q = a * r
-                q = fma(fma(-divisor, q, a), r, q)
-                q = fma(fma(-divisor, q, a), r, q)
-                assert f32(q) == a / divisor
 
 
 @needs_triton
@@ -56,8 +30,12 @@ def test_compiled_code_keeps_to_exact_arithmetic():
         )
         numbers = dict(blocks="i32", blocks_per_row="i32")
         options = dict(enable_fp_fusion=False)
-        unwanted = [r"\.ftz", r"div\.(full|approx)", r"rcp\.approx", r"mad\.f32"]
-        wanted = [r"fma\.rn\.f32", r"div\.rn\.f32", r"[ls][dt]\.global\.v4\.b32", r"cvt\.rn\.bf16x2"]
+        # The one estimate that is asked for: its operands and results are normal, and what is made of it is exact.
+        unwanted = [r"(?<!rcp\.approx)\.ftz", r"div\.(full|approx)", r"mad\.f32"]
+        wanted = [
+            r"rcp\.approx\.ftz\.f32", r"fma\.rn\.f32", r"div\.rn\.f32", r"[ls][dt]\.global\.v4\.b32",
+            r"cvt\.rn\.bf16x2",
+        ]
         for capability, per_row in ((90, False), (100, False), (90, True)):
             constants = dict(
                 FORMAT="bf16", PER_ROW=per_row, CHOSEN=False, WANT_VALUES=True, WANT_CODES=False, INTERPRETED=False,
