@@ -168,11 +168,16 @@ class Session:
         calibrate(chunks, self.context, data)
         return chunks
 
+    @property
+    def calibration_samples(self) -> int:
+        """Training sequences to calibrate on: what the recipe asks for, as far as there are so many."""
+        return min(self.settings.quantization.calibration_samples, max(1, len(self.data.train)))
+
     def _calibration_tokens(self) -> list[torch.Tensor]:
         """The first training sequences, divided among the data-parallel ranks."""
         settings = self.settings
         share = settings.train.micro_batch_size * self.context.data_size
-        samples = -(-settings.quantization.calibration_samples // share) * share
+        samples = -(-self.calibration_samples // share) * share
         batches = self.data.train.micro_batches(
             0,
             global_batch_size=samples,

@@ -65,7 +65,7 @@ def ptq_student(session: Session) -> list[CausalLM]:
             return session.student_from(directory)
         session.terminal.say(f"ptq is damaged and made again: {problem}")
     if session.recipe.needs_data:
-        session.terminal.say(f"calibrating on {session.settings.quantization.calibration_samples} training sequences")
+        session.terminal.say(f"calibrating on {session.calibration_samples} training sequences")
     elif session.recipe.enabled:
         session.terminal.say("calibrating without data: no scale of this recipe comes from them")
     student = session.calibrated_student()

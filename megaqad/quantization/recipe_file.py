@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
 from megaqad.errors import UserError
 from megaqad.quantization.settings import QuantizationSettings, suggestion
@@ -23,7 +24,7 @@ def own_recipe(name: str) -> dict[str, Any] | None:
     """The settings in the file that ``quantization=<name>`` is; None when it is none with this project's keys.
 
     Raises:
-        UserError: not a YAML mapping, or a key that is no setting.
+        UserError: not a YAML mapping, a key that comes twice, or one that is no setting.
     """
     if not name.endswith((".yaml", ".yml")) or not Path(name).is_file():
         return None
@@ -38,12 +39,12 @@ def own_recipe(name: str) -> dict[str, Any] | None:
 
 def _content(name: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        content = OmegaConf.to_container(OmegaConf.load(name))  # unlike PyYAML it refuses a key that comes twice
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"quantization={name} cannot be read ({' '.join(str(error).split())}): correct it") from error
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+    if not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content):
         raise UserError(f"quantization={name} holds no settings: write lines like `weights: nvfp4`")
-    return content
+    return {str(key): value for key, value in content.items()}
 
 
 def recipe_text(settings: QuantizationSettings, title: str) -> str:

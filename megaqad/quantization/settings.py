@@ -62,7 +62,7 @@ class QuantizationSettings:
     calls have one; vLLM 0.33 and SGLang take a missing scale for something else. The KV cache stays calibrated."""
 
     calibration_samples: int = 64
-    """Training sequences whose activations set the input scales."""
+    """Training sequences whose activations set the input scales; all of them where there are fewer."""
 
     calibration: str = "max"
     """How NVFP4 weight scales are chosen: ``max``; ``mse``, the E4M3 scale of least squared error for each block;

@@ -131,7 +131,9 @@ def test_a_damaged_record_is_refused(run, tmp_path):
     ("content", "said"),
     [
         ("weights: nvfp4\nexlude: [lm_head]", "has exlude, which is no setting of a recipe: did you mean exclude?"),
-        ("nvfp4", "holds no settings"),
+        ("", "holds no settings"),
+        ("nvfp4", "has nvfp4, which is no setting"),
+        ("weights: nvfp4\nexclude: []\nweights: fp8", "found duplicate key weights"),
         ("weights: [nvfp4", "cannot be read"),
         ("weights: nvfp5", "weights=nvfp5 is unknown"),
     ],
