@@ -33,6 +33,7 @@ from megaqad.quantization.layers import (
 from megaqad.quantization.quantizers import Quantizers
 from megaqad.quantization.recipe import Recipe
 from megaqad.quantization.scales import Scaling, percentile_of
+from megaqad.runtime.agree import raise_together
 from megaqad.runtime.parallel import ParallelContext
 
 
@@ -172,35 +173,53 @@ def calibrate(
         run_forward: forwards the calibration batches through all pipeline stages of this rank; None when nothing is to
             be found in data (``Recipe.needs_data``).
 
-    Collectives: those of ``run_forward``, then one all-reduce (maximum) over the tensor-parallel group, which under
-    sequence parallelism and in row-parallel layers holds different inputs, and one over the data-parallel group.
+    Collectives: one all-reduce (maximum) over the tensor-parallel group, those of ``run_forward``, then another over
+    the tensor-parallel group, which under sequence parallelism and in row-parallel layers holds different inputs, and
+    one over the data-parallel group; two flags over all ranks.
 
     Raises:
-        UserError: a layer saw no input, only zeros, NaN or Inf; the message names it.
+        UserError: a weight that holds NaN or Inf; a layer that saw no input, only zeros, NaN or Inf; on every rank, and
+            the message names it.
     """
+    layers = list(quantized_linears(chunks))
+    _refuse_unfit_weights(layers, context)
     set_mode(chunks, QuantizerMode.CALIBRATE)
     found = calibrated(chunks)
     for _, amax in found:
         amax.zero_()
-    layers = list(quantized_linears(chunks))
     for layer in layers:
         layer.input_counts = None
     if run_forward is not None:
         run_forward()
     reduced = _maximum([amax for _, amax in found], [context.tensor_group, context.data_group])
+    problem = None
     for (what, buffer), amax in zip(found, reduced, strict=True):
         value = amax.item()
-        if not 0.0 < value < float("inf"):
-            raise UserError(
+        if problem is None and not 0.0 < value < float("inf"):
+            problem = (
                 f"calibration found a largest {what} of {value}; the scale must be positive and finite, check the "
                 "checkpoint and the calibration data"
             )
         buffer.copy_(_up_to_bfloat16(amax))
+    raise_together(problem)
     for layer in layers:
         _apply_percentile(layer, context)
     _choose_scales([layer for layer in layers if isinstance(layer, QuantizedLinear)], context)
     refresh_weights(chunks, context)
     set_mode(chunks, QuantizerMode.ON)
+
+
+def _refuse_unfit_weights(layers: Sequence[Quantizers], context: ParallelContext) -> None:
+    """Collectives: one all-reduce (maximum) over the tensor-parallel group, one of a flag over all ranks."""
+    amaxes = _maximum([layer.largest_weight() for layer in layers], [context.tensor_group])
+    problem = None
+    for layer, amax in zip(layers, amaxes, strict=True):
+        if problem is None and not bool(torch.isfinite(amax)):
+            modules = layer.site.hf_modules
+            which = f"{modules[0]}.weight" if len(modules) == 1 else f"the weight of one of {', '.join(modules)}"
+            number = layer.quantization.weights
+            problem = f"{which} holds NaN or Inf, which {number} cannot represent: repair the checkpoint"
+    raise_together(problem)
 
 
 def calibrated(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, Tensor]]:

@@ -57,12 +57,23 @@ def test_data_are_read_where_a_scale_comes_from_them(run_ranks, model, tmp_path,
     assert (found_inputs, found_outputs) == (inputs, outputs)
 
 
-def test_a_checkpoint_with_nan_is_refused_without_calibration_data(run_ranks, tmp_path):
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (
+            "model.layers.1.mlp.up_proj.weight",
+            "the weight of one of model.layers.1.mlp.gate_proj, model.layers.1.mlp.up_proj holds NaN or Inf",
+        ),
+        ("model.layers.3.mlp.down_proj.weight", "model.layers.3.mlp.down_proj.weight holds NaN or Inf, which nvfp4"),
+        ("model.layers.1.input_layernorm.weight", "the teacher's cross entropy over held-out tokens is nan"),
+    ],
+)
+def test_a_checkpoint_with_nan_is_refused_without_calibration_data(run_ranks, tmp_path, tensor, said):
     folder = make_checkpoint("llama", tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][0, 3] = float("nan")
+    tensors[tensor].view(-1)[3] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     arguments = [*SMALL_RUN, f"model={folder}", f"output_dir={tmp_path / 'run'}", WEIGHT_ONLY]
     (refusal,) = set(run_ranks(2, run_command, "quantize", [*arguments, "parallel.pipeline=2"]))
     assert refusal is not None
-    assert "the teacher's cross entropy over held-out tokens is nan" in refusal
+    assert said in refusal
