@@ -18,11 +18,12 @@ from megaqad.models.build import build_model, transformer_config
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import ModelDescription, describe_model
 from megaqad.models.hf_reader import load_weights
+from megaqad.quantization.calibrate import calibrate
 from megaqad.quantization.choice import chosen_settings, read_choice
 from megaqad.quantization.layers import QuantizerMode
 from megaqad.quantization.recipe import Recipe, misfits, recipe_for
 from megaqad.quantization.settings import QuantizationSettings
-from megaqad.quantization.state import calibrate, modules_for, refresh_weights, set_mode
+from megaqad.quantization.state import modules_for, refresh_weights, set_mode
 from megaqad.runtime.agree import together
 from megaqad.runtime.duration import seconds_of
 from megaqad.runtime.lock import DirectoryLock

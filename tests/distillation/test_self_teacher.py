@@ -131,6 +131,33 @@ def test_originals_of_what_is_trained_teach_bit_for_bit(run_ranks, tmp_path, cas
             shutil.rmtree(tmp_path / "self" / "checkpoints" / f"step_{step:08d}")
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [["parallel.tensor=2"], ["parallel.pipeline=2"], ["parallel.data=2"]],
+    ids=["tensor 2", "pipeline 2", "data 2"],
+)
+def test_gone_on_with_in_another_layout(model, run_ranks, tmp_path, layout):
+    """Begun on one rank; the originals are those of the new layout's parts, so a separate teacher teaches the same."""
+    options = [
+        *(*SMALL_RUN, f"model={model}", "quantization=nvfp4", f"train.steps={STEPS}", "train.warmup_steps=0"),
+        *("train.trainable=[lm_head,'*norm','model.layers.[13].*']", "checkpoint.every=1", f"checkpoint.keep={STEPS}"),
+    ]
+    begun, trained = tmp_path / "begun", []
+    assert run_ranks(1, distill, [*options, f"output_dir={begun}", "distill.teacher=self"]) == [None]
+    for step in range(2, STEPS + 1):
+        shutil.rmtree(begun / "checkpoints" / f"step_{step:08d}")
+    for teacher in ("self", "model"):
+        run_dir = tmp_path / teacher
+        shutil.copytree(begun, run_dir, symlinks=True)
+        resumed = [*options, f"output_dir={run_dir}", f"distill.teacher={teacher}", "resume.allow=[distill.teacher]"]
+        assert run_ranks(2, distill, [*resumed, *layout]) == [None, None]
+        rows = [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(run_dir / "metrics.jsonl")]
+        trained.append((rows, whole_tensors(run_dir / "checkpoints" / f"step_{STEPS:08d}")))
+    assert [step for step, *_ in trained[0][0]] == list(range(1, STEPS + 1))
+    assert trained[0][0] == trained[1][0]
+    assert differences(trained[0][1], trained[1][1]) == []
+
+
 def live_bytes() -> int:
     """Of the memory behind all tensors of this process."""
     gc.collect()

@@ -63,7 +63,7 @@ def layers(kind):
 @pytest.mark.parametrize("kind", ["column", "row"])
 def test_forward_and_backward(one_rank, kind):
     """Equal but for ties, which the engine's reciprocal form rounds otherwise: a few codes in a thousand, one step."""
-    from megaqad.quantization.state import calibrate
+    from megaqad.quantization.calibrate import calibrate
 
     x = torch.randn(TOKENS, 2, INPUTS, generator=torch.Generator().manual_seed(1)).bfloat16().clamp(-3, 3)
     x[0, 0, 0] = 3.0

@@ -9,9 +9,10 @@ from megaqad.distillation.forward import forward_hidden
 from megaqad.models.build import build_model, transformer_config
 from megaqad.models.description import describe_model
 from megaqad.models.hf_reader import load_weights
+from megaqad.quantization.calibrate import calibrate
 from megaqad.quantization.recipe import recipe_for
 from megaqad.quantization.settings import QuantizationSettings
-from megaqad.quantization.state import calibrate, modules_for
+from megaqad.quantization.state import modules_for
 from tests.models.checkpoints import hf_config
 
 

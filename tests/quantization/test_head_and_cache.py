@@ -6,7 +6,8 @@ import torch
 
 def loss_parts(rank, world_size, sequence):
     """The head's weight, gradients of a loss through hidden states and head, and the calibrated amax."""
-    from megaqad.quantization.state import calibrate, quantized_caches
+    from megaqad.quantization.calibrate import calibrate
+    from megaqad.quantization.state import quantized_caches
     from megaqad.runtime.parallel import ParallelSizes, parallel
     from tests.quantization.models import small_quantized_model
 

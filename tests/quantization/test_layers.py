@@ -60,8 +60,8 @@ def parallel_layer(rank, world_size, kind, sequence, activations):
     from megatron.core.transformer import TransformerConfig
 
     from megaqad.models.rows import LinearSite
+    from megaqad.quantization.calibrate import calibrate
     from megaqad.quantization.layers import NVFP4ColumnParallelLinear, NVFP4RowParallelLinear, QuantizerMode
-    from megaqad.quantization.state import calibrate
     from megaqad.runtime.parallel import ParallelSizes, parallel
 
     with parallel(ParallelSizes(tensor=world_size, sequence=sequence)) as context:

@@ -122,7 +122,8 @@ def both_backends(context):
     """The same random model on the stand-in and emulated, calibrated on the same tokens; the tokens."""
     from megaqad.distillation.forward import forward_hidden
     from megaqad.quantization import transformer_engine
-    from megaqad.quantization.state import calibrate, refresh_weights
+    from megaqad.quantization.calibrate import calibrate
+    from megaqad.quantization.state import refresh_weights
     from tests.quantization import stand_in_engine
     from tests.quantization.models import small_quantized_model
 
