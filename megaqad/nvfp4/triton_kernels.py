@@ -60,23 +60,23 @@ def run(
     _check_runnable(x.device)
     x = _in_words(x)
     amax = _tensor_amax(x) if amax is None else amax.contiguous()
-    values = x.new_empty(x.shape) if want_values else None  # dense whatever strides x has where it is 1
     lead, k = x.shape[:-1], x.shape[-1]
-    codes = x.new_empty((*lead, k // 2) if want_codes else 0, dtype=torch.uint8)
-    scales = x.new_empty((*lead, k // BLOCK_SIZE) if want_codes else 0, dtype=torch.uint8)
+    values = x.new_empty(x.shape) if want_values else None  # dense whatever strides x has where it is 1
+    codes = x.new_empty((*lead, k // 2), dtype=torch.uint8) if want_codes else None
+    scales = x.new_empty((*lead, k // BLOCK_SIZE), dtype=torch.uint8) if want_codes else None
     blocks, rows = x.numel() // BLOCK_SIZE, amax.numel()
     global_scale = torch.empty_like(amax) if blocks else global_scale_from_amax(amax)
-    chosen = amax if block_amax is None else block_amax.contiguous()
     if blocks:
+        words = _as_words(x)  # also in the place of what is not wanted
         with _on_device_of(x):
             _quantize_kernel[(triton.cdiv(blocks, _TILE),)](
-                _as_words(x), amax, chosen, _as_words(x if values is None else values), codes, scales, global_scale,
-                blocks, blocks // rows,
+                words, amax, amax if block_amax is None else block_amax.contiguous(),
+                words if values is None else _as_words(values), words if codes is None else codes,
+                words if scales is None else scales, global_scale, blocks, blocks // rows,
                 FORMAT=_FORMAT[x.dtype], PER_ROW=rows > 1, CHOSEN=block_amax is not None, WANT_VALUES=want_values,
-                WANT_CODES=want_codes, INTERPRETED=_INTERPRETED, TILE=_TILE, WORDS=_WORDS,
-                enable_fp_fusion=False,
+                WANT_CODES=want_codes, INTERPRETED=_INTERPRETED, TILE=_TILE, WORDS=_WORDS, enable_fp_fusion=False,
             )  # fmt: skip
-    if not want_codes:
+    if codes is None or scales is None:
         return values, None
     return values, NVFP4Tensor(codes, scales.view(torch.float8_e4m3fn), global_scale)
 
@@ -147,7 +147,9 @@ def _check_runnable(device: torch.device) -> None:
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+    """Kernels are launched on the current device; to change it takes time, so only where it is another."""
+    elsewhere = x.device.type == "cuda" and x.device.index != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if elsewhere else nullcontext()
 
 
 def _as_words(x: Tensor) -> Tensor:
