@@ -12,8 +12,8 @@ FP32 dividends take a correctly rounded ``r`` and a second pair. It holds while 
 below a global scale of 2**-90 they may not be; a tensor that small takes ``div_rn``.
 
 Rounding to E2M1 and E4M3 is by adding and subtracting a large number; see ``vectorized``. It is 1.5 times a power of
-two, so that the last place of the sum is the same for both signs. Casts to FP8 would be
-right when compiled and wrong in the interpreter, as those to BF16 are: there that one is spelled out on the bits.
+two, so that the last place of the sum is the same for both signs. Casts to FP8 would be right when compiled and wrong
+in the interpreter, as those to BF16 are: there that one is spelled out on the bits.
 """
 
 # ruff: noqa: PLR0124, RET505 - functions ask for NaN by x == x, and choose at compile time by if and else

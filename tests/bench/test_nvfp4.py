@@ -45,11 +45,11 @@ def test_measurements_are_consistent():
 
 @pytest.mark.parametrize(("impl", "times"), [("torch", 3), pytest.param("native", 10, marks=NATIVE.marks)])
 def test_the_fast_paths_are_fast(impl, times):
-    """A third or less of what an idle machine shows, since a busy one must do."""
-    rows = bench_nvfp4(shapes=((1024, 1024),), device="cpu", repeats=3)
-    row = next(r for r in rows if (r["operation"], r["impl"]) == ("fake_quantize", impl))
-    assert row["speedup_over_reference"] > times
-    assert row["speedup_over_modelopt"] > times
+    """A third or less of what an idle machine shows, by the fastest of several runs, since a busy one must do."""
+    rows = list(bench_nvfp4(shapes=((1024, 1024),), device="cpu", repeats=7))
+    best = {r["impl"]: r["seconds_min"] for r in rows if (r["operation"], r["amax"]) == ("fake_quantize", "own")}
+    assert best["reference"] / best[impl] > times
+    assert best["modelopt"] / best[impl] > times
 
 
 def test_differing_results_are_not_timed(monkeypatch):
