@@ -1,7 +1,9 @@
 """Calibration: one look at data for the scales of inputs and of the KV cache, one at weights for scales that are state.
 
-Every maximum and every count is over all ranks that hold a part of the tensor, so a model gives the same bytes in any
-layout. What is wrong on one rank is said by all, so that none is left waiting.
+Every maximum and every count is over all ranks that hold a part of the tensor, so an FP32 run gives the same bytes in
+any layout. In BF16 the activations themselves depend on the tensor-parallel size, whose partial sums are rounded: an
+input scale can then be a step of BF16 away from that of one rank, which equals ModelOpt's. What is wrong on one rank is
+said by all, so that none is left waiting.
 """
 
 from collections.abc import Callable, Sequence
