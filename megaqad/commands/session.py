@@ -165,7 +165,12 @@ class Session:
         """
         recipe = recipe or self.recipe
         chunks = self.original_student(recipe)
-        data = (lambda: forward_hidden(chunks, self._calibration_tokens())) if recipe.needs_data else None
+        tokens, counted = self._calibration_tokens() if recipe.needs_data else ([], 0)
+
+        def observe(chunk: CausalLM, number: int) -> None:
+            set_mode([chunk], QuantizerMode.CALIBRATE if number < counted else QuantizerMode.OFF)
+
+        data = (lambda: forward_hidden(chunks, tokens, before=observe)) if recipe.needs_data else None
         calibrate(chunks, self.context, data)
         return chunks
 
@@ -174,19 +179,19 @@ class Session:
         """Training sequences to calibrate on: what the recipe asks for, as far as there are so many."""
         return min(self.settings.quantization.calibration_samples, max(1, len(self.data.train)))
 
-    def _calibration_tokens(self) -> list[torch.Tensor]:
-        """The first training sequences, divided among the data-parallel ranks."""
-        settings = self.settings
-        share = settings.train.micro_batch_size * self.context.data_size
-        samples = -(-self.calibration_samples // share) * share
+    def _calibration_tokens(self) -> tuple[list[torch.Tensor], int]:
+        """The first training sequences, divided among the data-parallel ranks, int64 [1, s] each.
+
+        One at a time, so that any number of them is the same sequences in every layout. Also how many of this rank's
+        count: the last one may be there only because other ranks have as many.
+        """
+        samples, ranks, rank = self.calibration_samples, self.context.data_size, self.context.data_rank
+        each = -(-samples // ranks)
         batches = self.data.train.micro_batches(
-            0,
-            global_batch_size=samples,
-            micro_batch_size=settings.train.micro_batch_size,
-            data_rank=self.context.data_rank,
-            data_size=self.context.data_size,
+            0, global_batch_size=each * ranks, micro_batch_size=1, data_rank=rank, data_size=ranks
         )
-        return [batch.tokens.to(self.context.device) for batch in batches]
+        tokens = [batch.tokens.to(self.context.device) for batch in batches]
+        return tokens, len(range(rank, samples, ranks))
 
     def student_from(self, directory: Path) -> list[CausalLM]:
         """The student of a checkpoint, quantizers on."""

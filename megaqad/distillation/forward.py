@@ -5,7 +5,7 @@ hidden states are what models hand over, never logits: they are tens of times sm
 give the exact logits again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,16 @@ from megaqad.models.causal_lm import CausalLM
 
 
 @torch.no_grad()
-def forward_hidden(chunks: Sequence[CausalLM], tokens: Sequence[Tensor]) -> list[Tensor]:
+def forward_hidden(
+    chunks: Sequence[CausalLM], tokens: Sequence[Tensor], *, before: Callable[[CausalLM, int], None] | None = None
+) -> list[Tensor]:
     """Run microbatches through the pipeline without gradients.
 
     Args:
         chunks: this rank's virtual pipeline chunks of ``CausalLM``.
         tokens: int64 [b, s], one per microbatch, all of one shape, the same on every tensor and pipeline rank.
+        before: called when a chunk is about to run a microbatch, with both; numbers from ``len(tokens)`` on are those
+            that an interleaved schedule repeats.
 
     Returns:
         On the last pipeline stage one [s, b, h] per microbatch, in order, in the model's dtype; under sequence
@@ -36,15 +40,18 @@ def forward_hidden(chunks: Sequence[CausalLM], tokens: Sequence[Tensor]) -> list
     stages = chunks[0].config.pipeline_model_parallel_size if len(chunks) > 1 else 1
     scheduled = [*tokens, *[tokens[-1]] * (-len(tokens) % stages)]
 
-    def forward_step(batches: Iterator[Tensor], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    def forward_step(batches: Iterator[tuple[int, Tensor]], model: CausalLM) -> tuple[Tensor, Any]:
         def keep(hidden: Tensor, non_loss_data: bool) -> Tensor:
             assert non_loss_data
             return hidden
 
-        return model(next(batches)), keep
+        number, batch = next(batches)
+        if before is not None:
+            before(model, number)
+        return model(batch), keep
 
     # Every virtual chunk reads the same microbatches in the same order, each from an iterator of its own.
-    iterators = [iter(scheduled) for _ in chunks]
+    iterators = [enumerate(scheduled) for _ in chunks]
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()

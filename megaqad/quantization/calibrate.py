@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megaqad.quantization.layers import QuantizedLinear, QuantizerMode
 from megaqad.quantization.quantizers import Quantizers
-from megaqad.quantization.scales import percentile_of
+from megaqad.quantization.scales import BINS, percentile_of
 from megaqad.quantization.state import (
     cache_buffers,
     maximum_over,
@@ -100,13 +100,15 @@ def calibrated(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, Tensor]]:
 
 
 def _apply_percentiles(layers: Sequence[Quantizers], context: ParallelContext) -> str | None:
-    """Lower input amaxes to the percentile where a layer has counted its inputs; what is wrong with the first that
-    becomes 0. Collectives: two sums of counts for each such layer."""
+    """Lower input amaxes to the percentile where the recipe asks for one; what is wrong with the first that becomes 0.
+    Collectives: two sums of counts for each such layer."""
     problem = None
     for layer in layers:
-        if layer.input_counts is None:
+        if not layer.quantization.calibrates_inputs or layer.scaling.activation_percentile == 100:
             continue
         counts, layer.input_counts = layer.input_counts, None
+        if counts is None:  # this rank had no sequence to look at
+            counts = torch.zeros(BINS, dtype=torch.int64, device=layer.input_amax.device)
         for group in (context.tensor_group, context.data_group):
             if group.size() > 1:
                 dist.all_reduce(counts, group=group)

@@ -53,8 +53,44 @@ def test_data_are_read_where_a_scale_comes_from_them(run_ranks, model, tmp_path,
     overrides, inputs, outputs = RECIPES[name]
     arguments = [f"model={model}", f"output_dir={tmp_path}", *overrides]
     [(passes, found_inputs, found_outputs)] = run_ranks(1, calibrated, arguments)
-    assert passes == (4 if name in READ_DATA else 0)  # 8 sequences, 2 at a time
+    assert passes == (8 if name in READ_DATA else 0)  # 8 sequences, one at a time
     assert (found_inputs, found_outputs) == (inputs, outputs)
+
+
+def amaxes(rank: int, world_size: int, overrides: list[str]) -> dict[str, float]:
+    """Calibrated maxima of the inputs and outputs on this rank."""
+    session = Session.start(load_settings([*SMALL_RUN, *overrides]))
+    try:
+        student = session.calibrated_student()
+        return input_amaxes(student) | {f"{name} output": amax for name, amax in cache_amaxes(student).items()}
+    finally:
+        shutdown_parallel()
+
+
+LAYOUTS = [
+    (2, ["parallel.data=2", "train.micro_batch_size=1"]),
+    (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    (4, ["parallel.tensor=2", "parallel.data=2", "parallel.sequence=true"]),
+    (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+]
+
+
+@pytest.mark.parametrize("samples", [1, 5, 100])
+@pytest.mark.parametrize("percentile", [100, 99])
+def test_any_number_of_sequences_is_the_same_in_every_layout(run_ranks, model, tmp_path, samples, percentile):
+    """Sequences that only fill up ranks or an interleaved schedule are not looked at, and none twice: of 100 there are
+    8. Percentiles count, so they would show one that is."""
+    options = [
+        *(f"model={model}", "quantization.kv_cache=fp8", "quantization.exclude=[]"),
+        *(f"quantization.calibration_samples={samples}", f"quantization.activation_percentile={percentile}"),
+    ]
+    [expected] = run_ranks(1, amaxes, [*options, f"output_dir={tmp_path / 'one'}"])
+    assert len(expected) == 4 * 7 + 1 + 4 * 2
+    for number, (ranks, layout) in enumerate(LAYOUTS):
+        found = run_ranks(ranks, amaxes, [*options, f"output_dir={tmp_path / str(number)}", *layout])
+        for name, amax in {name: amax for part in found for name, amax in part.items()}.items():
+            assert amax == expected[name], (layout, name)
+        assert {name for part in found for name in part} == set(expected)
 
 
 @pytest.mark.parametrize(
