@@ -125,7 +125,7 @@ def _run(name: str, overrides: list[str]) -> int:
         launch.end_with_launcher()
         signals.listen()
     settings = config.load_settings([*command.presets, *overrides])
-    description = config.check_settings(name, settings)
+    architecture = config.check_settings(name, settings)
     if command.writes_run:
         identity.check_output_dir(name, settings)
     if command.reads_student:
@@ -133,12 +133,12 @@ def _run(name: str, overrides: list[str]) -> int:
     _quiet_imports()
     if not launch.is_rank():
         with signals.raised():
-            config.check_data(name, settings, description, read_text=True)
+            config.check_data(name, settings, architecture, read_text=True)
         if settings.local_ranks > 1:
             return launch.run_ranks_here([name, *overrides], settings.local_ranks)
         signals.listen()
     elif not launch.has_launcher():  # ours has checked them
-        config.check_data(name, settings, description, read_text=False)
+        config.check_data(name, settings, architecture, read_text=False)
     _function(name)(settings)
     return 0
 

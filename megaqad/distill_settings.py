@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megaqad.errors import UserError
+from megaqad.models.architecture import Architecture
 from megaqad.models.checks import check_checkpoint, check_layout, check_vocabularies
-from megaqad.models.description import ModelDescription, describe_model
+from megaqad.models.families import describe_model
 from megaqad.models.trainable import trained_share
 from megaqad.runtime.sizes import ParallelSizes
 
@@ -92,7 +93,7 @@ class DistillSettings:
         return self.hidden.weight > 0 or parts != ["cross_entropy"]
 
 
-def check_teacher(distill: DistillSettings, student: ModelDescription, model_dir: Path, sizes: ParallelSizes) -> None:
+def check_teacher(distill: DistillSettings, student: Architecture, model_dir: Path, sizes: ParallelSizes) -> None:
     """Whether the teacher can teach this student, layer by layer where asked for.
 
     Raises:
@@ -124,7 +125,7 @@ def check_teacher(distill: DistillSettings, student: ModelDescription, model_dir
             )
 
 
-def check_self_teacher(distill: DistillSettings, student: ModelDescription, trainable: Sequence[str]) -> None:
+def check_self_teacher(distill: DistillSettings, student: Architecture, trainable: Sequence[str]) -> None:
     """Whether a student that is its own teacher spares any memory.
 
     It keeps the original values of what is trained. Where that is every weight they are a second model, as

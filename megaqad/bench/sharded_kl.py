@@ -20,14 +20,14 @@ from megaqad.bench import kl
 from megaqad.bench import kl_contestants as ends
 from megaqad.bench.kl_contestants import Contestants, Problem, Run
 from megaqad.losses import vocab_parallel_kl
-from megaqad.runtime.parallel import ParallelContext
+from megaqad.runtime.ranks import Ranks
 
 _LOGITS = {"cpu": ((2048, 32000), (512, 151936)), "cuda": ((8192, 151936),)}
 _HEADS = {"cpu": ((2048, 32000, 1024),), "cuda": ((8192, 151936, 4096),)}
 
 
 def bench_sharded_kl(
-    context: ParallelContext,
+    context: Ranks,
     logits_shapes: Sequence[tuple[int, int]] | None = None,
     head_shapes: Sequence[tuple[int, int, int]] | None = None,
     *,
@@ -64,11 +64,11 @@ def bench_sharded_kl(
         yield from (common | shape | row for row in _measure(contestants, context, repeats))
 
 
-def _shard(whole: Tensor, context: ParallelContext, dim: int) -> Tensor:
+def _shard(whole: Tensor, context: Ranks, dim: int) -> Tensor:
     return whole.tensor_split(context.world_size, dim)[context.tensor_rank].clone()
 
 
-def _of_logits(student: Tensor, teacher: Tensor, context: ParallelContext) -> Contestants:
+def _of_logits(student: Tensor, teacher: Tensor, context: Ranks) -> Contestants:
     ours = partial(vocab_parallel_kl, group=context.tensor_group, inplace=True)
     losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "megaqad": ours,
@@ -78,7 +78,7 @@ def _of_logits(student: Tensor, teacher: Tensor, context: ParallelContext) -> Co
     return {name: ends.of_given_logits(student, teacher, token_kl) for name, token_kl in losses.items()}
 
 
-def _of_heads(problem: Problem, context: ParallelContext) -> Contestants:
+def _of_heads(problem: Problem, context: Ranks) -> Contestants:
     group = context.tensor_group
     modelopt = ends.of_heads(problem, ends.loss_by_logits(problem, partial(ends.modelopt_kl, ranks=context.world_size)))
 
@@ -100,7 +100,7 @@ def _of_heads(problem: Problem, context: ParallelContext) -> Contestants:
     }
 
 
-def _measure(contestants: Contestants, context: ParallelContext, repeats: int) -> Iterator[dict[str, Any]]:
+def _measure(contestants: Contestants, context: Ranks, repeats: int) -> Iterator[dict[str, Any]]:
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for round_number in range(repeats + 1):
         for name, prepare in contestants.items():
@@ -112,7 +112,7 @@ def _measure(contestants: Contestants, context: ParallelContext, repeats: int) -
         yield {"impl": name, "seconds": median, "ratio_to_modelopt": median / medians["modelopt"]}
 
 
-def _seconds(run: Run, context: ParallelContext) -> float:
+def _seconds(run: Run, context: Ranks) -> float:
     """Of the slowest rank."""
     dist.barrier()
     spent = torch.tensor(kl.seconds_of(run, context.device), device=context.device)

@@ -25,9 +25,8 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megaqad.bench.memory import peak_memory
-from megaqad.distillation.step import DistillationStep, MicroBatch, StepResult
+from megaqad.distillation.step import Batch, DistillationStep, StepResult
 from megaqad.models.causal_lm import CausalLM
-from megaqad.quantization.state import refresh_weights
 
 PARTS = ("teacher forward", "student forward", "loss", "backward", "weight quantization", "optimizer and the rest")
 
@@ -49,16 +48,16 @@ class TimedStep(DistillationStep):
         self._running[part] += time.perf_counter() - started
 
     def _wait(self) -> None:
-        if self.context.device.type == "cuda":
+        if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def __call__(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+    def __call__(self, micro_batches: Sequence[Batch]) -> StepResult:
         self._running.clear()
         dist.barrier()
         with self._timed("step"):
             result = super().__call__(micro_batches)
         with self._timed("weight quantization"):  # once more, alone: inside the step it is part of the rest
-            refresh_weights(self.student, self.context)
+            self.model.changed()
         parts = self._running
         parts["backward"] -= parts["student forward"] + parts["loss"]
         known = ("teacher forward", "student forward", "loss", "backward", "weight quantization")
@@ -67,25 +66,25 @@ class TimedStep(DistillationStep):
             self.seconds[part].append(parts[part])
         return result
 
-    def _with_teacher(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    def _with_teacher(self, micro_batches: Sequence[Batch]) -> list[Batch]:
         with self._timed("teacher forward"):
             return super()._with_teacher(micro_batches)
 
-    def _forward_backward(self, micro_batches: list[MicroBatch]) -> list[dict[str, Tensor]]:
+    def _forward_backward(self, micro_batches: list[Batch]) -> list[Tensor]:
         with self._timed("backward"):  # forward and loss are taken off afterwards
             return super()._forward_backward(micro_batches)
 
-    def _forward_step(self, batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
+    def _forward_step(self, batches: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
         with self._timed("student forward"):
             return super()._forward_step(batches, model)
 
-    def _loss(self, hidden: Tensor, model: CausalLM, batch: MicroBatch) -> Tensor:
+    def _loss(self, hidden: Tensor, model: CausalLM, batch: Batch) -> Tensor:
         with self._timed("loss"):
             return super()._loss(hidden, model, batch)
 
 
 def bench_step(
-    plain: TimedStep, distilled: TimedStep, micro_batches: Sequence[MicroBatch], *, repeats: int
+    plain: TimedStep, distilled: TimedStep, micro_batches: Sequence[Batch], *, repeats: int
 ) -> Iterator[dict[str, Any]]:
     """Time both steps in turns; one JSON-able dict per part, and one for the whole step.
 
@@ -141,7 +140,7 @@ def _floors(plain: Mapping[str, float]) -> dict[str, float]:
     return {**floors, "step": sum(floors[part] for part in PARTS)}
 
 
-def _memory(name: str, step: TimedStep, micro_batches: Sequence[MicroBatch]) -> dict[str, int | None]:
+def _memory(name: str, step: TimedStep, micro_batches: Sequence[Batch]) -> dict[str, int | None]:
     """The most one step needs beyond what is held between steps. Collectives: those of one step, on CPU of two."""
-    peak = peak_memory(lambda: step(micro_batches), step.context.device)
+    peak = peak_memory(lambda: step(micro_batches), step.ranks.device)
     return {f"{name}_peak_tensor_bytes": peak.tensor_bytes, f"{name}_peak_resident_bytes": peak.resident_bytes}

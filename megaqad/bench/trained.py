@@ -16,7 +16,7 @@ from megaqad.bench.kl_contestants import Problem, import_modelopt
 from megaqad.commands.session import Session
 from megaqad.config import load_settings
 from megaqad.distillation.forward import forward_hidden
-from megaqad.runtime.parallel import shutdown_parallel
+from megaqad.runtime.ranks import shutdown_parallel
 
 RECIPES = {"o_proj": ["*.o_proj"], "all layers": ["*"]}
 TOKENS = 512
@@ -56,9 +56,9 @@ def trained_problem(include: list[str]) -> Problem:
     try:
         student, teacher = session.calibrated_student(), session.teacher
         batches = session.data.validation.evaluation_batches(TOKENS // 256, 0, 1, TOKENS)
-        tokens = [batches[0].tokens.to(session.context.device)]
+        tokens = [batches[0].tokens.to(session.ranks.device)]
         hidden_s, hidden_t = (forward_hidden(model, tokens)[0].flatten(0, 1) for model in (student, teacher))
-        heads = [model[-1].head_weight().clone() for model in (student, teacher)]
+        heads = [model.last.head_weight().clone() for model in (student, teacher)]
     finally:
         shutdown_parallel()
     weights = torch.full((len(hidden_s),), 1 / len(hidden_s), device=hidden_s.device)

@@ -16,12 +16,13 @@ from megaqad.bench import nvfp4, step
 from megaqad.bench.step import TimedStep
 from megaqad.commands.session import Session
 from megaqad.config import Settings
-from megaqad.distillation.step import MicroBatch, Objective
+from megaqad.data import Batch
+from megaqad.distillation.step import Objective
 from megaqad.distillation.teachers import LiveTeacher
-from megaqad.models.causal_lm import CausalLM
-from megaqad.models.hf_reader import load_weights
+from megaqad.models.load import load_weights
+from megaqad.models.model import Model
 from megaqad.runtime import launch
-from megaqad.runtime.parallel import ParallelSizes, join_ranks, parallel
+from megaqad.runtime.ranks import ParallelSizes, join_ranks, parallel
 from megaqad.training.optimizer import build_optimizer, wrap_for_training
 
 REPEATS = 7
@@ -57,35 +58,32 @@ def bench_step(settings: Settings) -> None:
     """Every rank's part of ``megaqad bench step``."""
     session = Session.start(settings)
     plain_model = session.random_model()
-    load_weights(plain_model, session.description, settings.model_dir)
+    load_weights(plain_model, settings.model_dir)
     student = session.calibrated_student()
     plain = _timed_step(session, plain_model, Objective.QAT)
     distilled = _timed_step(session, student, Objective.QAD)
-    layout = {"world_size": session.context.world_size, "dtype": settings.runtime.dtype}
+    layout = {"world_size": session.ranks.world_size, "dtype": settings.runtime.dtype}
     rows = step.bench_step(plain, distilled, _one_batch(session), repeats=REPEATS)
     for row in rows:
-        if session.context.is_main:
+        if session.ranks.is_main:
             print(json.dumps(row | layout), flush=True)
 
 
-def _timed_step(session: Session, model: list[CausalLM], objective: Objective) -> TimedStep:
+def _timed_step(session: Session, model: Model, objective: Objective) -> TimedStep:
     student = wrap_for_training(model)
     # A learning rate of 0 keeps both models where they are, so that every round times the same work.
     optimizer, scheduler = build_optimizer(student, replace(session.settings.train, lr=0.0, min_lr=0.0), session.dtype)
     teacher = LiveTeacher(session.teacher) if objective is Objective.QAD else None
-    return TimedStep(student, optimizer, scheduler, session.context, objective=objective, teacher=teacher)
+    return TimedStep(model, student, optimizer, scheduler, objective=objective, teacher=teacher)
 
 
-def _one_batch(session: Session) -> list[MicroBatch]:
-    train, context = session.settings.train, session.context
+def _one_batch(session: Session) -> list[Batch]:
+    train, ranks = session.settings.train, session.ranks
     batches = session.data.train.micro_batches(
         0,
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
-        data_rank=context.data_rank,
-        data_size=context.data_size,
+        data_rank=ranks.data_rank,
+        data_size=ranks.data_size,
     )
-    return [
-        MicroBatch(batch.tokens.to(context.device), batch.labels.to(context.device), batch.loss_mask.to(context.device))
-        for batch in batches
-    ]
+    return [batch.to(ranks.device) for batch in batches]

@@ -12,7 +12,7 @@ def evaluate(settings: Settings) -> None:
     session = Session.start(settings)
     student = load_student(session)
     numbers = measure(session, settings.student, session.evaluator(settings.evaluation.max_tokens), student)
-    if session.context.is_main:
+    if session.ranks.is_main:
         settings.run_dir.mkdir(parents=True, exist_ok=True)
     write_json(settings.run_dir / "evaluation.json", asdict(numbers), session)
     session.terminal.say(

@@ -10,16 +10,16 @@ from megaqad.commands.students import load_student
 from megaqad.config import Settings
 from megaqad.data import read_token_file
 from megaqad.distillation.forward import forward_hidden
-from megaqad.models.causal_lm import CausalLM
+from megaqad.models.model import Model
 
 
 def logits(settings: Settings) -> None:
     """Every rank's part of the command: write ``output_dir/logits.npy``, float32 [b, s, V]."""
     session = Session.start(settings)
-    tokens = read_token_file(settings.tokens, session.description.vocab_size)
+    tokens = read_token_file(settings.tokens, session.architecture.vocab_size)
     student = load_student(session)
     values = gathered_logits(session, student, tokens)
-    if session.context.is_main:
+    if session.ranks.is_main:
         settings.run_dir.mkdir(parents=True, exist_ok=True)
         assert values is not None
         np.save(settings.run_dir / "logits.npy", values.numpy())
@@ -27,32 +27,32 @@ def logits(settings: Settings) -> None:
 
 
 @torch.no_grad()
-def gathered_logits(session: Session, chunks: list[CausalLM], tokens: Tensor) -> Tensor | None:
+def gathered_logits(session: Session, model: Model, tokens: Tensor) -> Tensor | None:
     """FP32 logits [b, s, V] on the main rank, None elsewhere. One sequence at a time, so memory stays small.
 
     Collectives: the forward pass, a gather over the tensor-parallel group of the last stage, one send to the main rank.
     """
-    context = session.context
+    ranks = session.ranks
     parts = []
-    for row in tokens.to(context.device).split(1):
-        hidden = forward_hidden(chunks, [row])
-        if not context.is_last_stage:
+    for row in tokens.to(ranks.device).split(1):
+        hidden = forward_hidden(model, [row])
+        if not ranks.is_last_stage:
             continue
         states = hidden[0]
-        if context.sizes.sequence:
-            states = _gather(states, context.tensor_group, dim=0)
-        head = chunks[-1].head_weight()
+        if ranks.sizes.sequence:
+            states = _gather(states, ranks.tensor_group, dim=0)
+        head = model.last.head_weight()
         local = states.squeeze(1).float() @ head.float().t()  # [s, V/tp]
-        parts.append(_gather(local, context.tensor_group, dim=1).cpu())
+        parts.append(_gather(local, ranks.tensor_group, dim=1).cpu())
     values = torch.stack(parts) if parts else None
-    source = context.last_stage_rank
+    source = ranks.last_stage_rank
     if source == 0:
-        return values if context.is_main else None
-    if context.rank == source and context.data_rank == 0 and context.tensor_rank == 0:
+        return values if ranks.is_main else None
+    if ranks.rank == source and ranks.data_rank == 0 and ranks.tensor_rank == 0:
         assert values is not None
-        dist.send(values.to(context.device), dst=0)
-    if context.is_main:
-        received = torch.empty(*tokens.shape, session.description.vocab_size, device=context.device)
+        dist.send(values.to(ranks.device), dst=0)
+    if ranks.is_main:
+        received = torch.empty(*tokens.shape, session.architecture.vocab_size, device=ranks.device)
         dist.recv(received, src=source)
         return received.cpu()
     return None

@@ -15,8 +15,8 @@ from megaqad.config import Settings
 from megaqad.distillation.step import DistillationStep, Objective
 from megaqad.distillation.teachers import LiveTeacher
 from megaqad.evaluation import Evaluator
-from megaqad.models.causal_lm import CausalLM
-from megaqad.models.hf_writer import save_pretrained
+from megaqad.models.model import Model
+from megaqad.models.write import save_pretrained
 from megaqad.training.optimizer import build_optimizer, wrap_for_training
 from megaqad.training.run import TrainingRun
 
@@ -32,7 +32,6 @@ def pretrain(settings: Settings) -> None:
         return Evaluator(
             LiveTeacher(model),
             session.data.validation,
-            session.context,
             max_tokens=max_tokens,
             micro_batch_size=settings.train.micro_batch_size,
         )
@@ -44,27 +43,26 @@ def pretrain(settings: Settings) -> None:
     TrainingRun(
         run_dir=settings.run_dir,
         settings=settings,
-        context=session.context,
         terminal=session.terminal,
         title="pretrain",
         model=model,
-        step=DistillationStep(student, optimizer, scheduler, session.context, objective=Objective.QAT),
+        step=DistillationStep(model, student, optimizer, scheduler, objective=Objective.QAT),
         data=session.data.train,
         fingerprint=fingerprint(session, command="pretrain"),
         validate=validate,
     ).run()
     _save(session, model)
     held_out = evaluator(settings.evaluation.max_tokens).evaluate(model)
-    if session.context.is_main:
+    if session.ranks.is_main:
         summary = {"held_out_cross_entropy": held_out.cross_entropy, "held_out_tokens": held_out.tokens}
         text = json.dumps({**summary, "settings": asdict(settings)}, indent=2) + "\n"
         (settings.run_dir / "pretrain.json").write_text(text, encoding="utf-8")
     session.terminal.say(f"held-out cross entropy {held_out.cross_entropy:.4f} over {held_out.tokens:,} tokens")
 
 
-def _save(session: Session, model: list[CausalLM]) -> None:
+def _save(session: Session, model: Model) -> None:
     """Replace ``output_dir/model`` by the model as it is now."""
     target = session.settings.run_dir / "model"
-    if session.context.is_main:
+    if session.ranks.is_main:
         shutil.rmtree(target, ignore_errors=True)
-    save_pretrained(model, session.description, session.context, target, model_dir=session.settings.model_dir)
+    save_pretrained(model, target, model_dir=session.settings.model_dir)

@@ -7,10 +7,10 @@ from megaqad.commands.session import Session
 from megaqad.commands.students import measure, ptq_student, ready_to_ship, write_json
 from megaqad.config import Settings
 from megaqad.evaluation import Evaluation, Evaluator
-from megaqad.models.causal_lm import CausalLM
+from megaqad.models.model import Model
 from megaqad.quantization.allocation import GroupKL
 from megaqad.quantization.choice import read_choice
-from megaqad.quantization.state import quantization_errors
+from megaqad.quantization.model import quantization_errors
 from megaqad.report import draw_sensitivity
 from megaqad.runtime.files import write_bytes_whole
 
@@ -29,21 +29,21 @@ def quantize(settings: Settings) -> None:
     )
 
 
-def measure_gap(session: Session, student: list[CausalLM], evaluator: Evaluator) -> Evaluation:
+def measure_gap(session: Session, student: Model, evaluator: Evaluator) -> Evaluation:
     """Evaluate the calibrated student and write ``ptq.json``: the gap, and layer by layer what it comes from."""
     settings = session.settings
     gap = measure(session, "PTQ", evaluator, student)
-    content = asdict(gap) | {"layers": [asdict(error) for error in quantization_errors(student, session.context)]}
+    content = asdict(gap) | {"layers": [asdict(error) for error in quantization_errors(student)]}
     if settings.quantization.auto is not None:
         content["auto"] = asdict(read_choice(settings.run_dir))
         content["sensitivity"] = content["auto"].pop("groups")
-    elif settings.report.sensitivity and session.recipe.enabled:
+    elif settings.report.sensitivity and session.plan.enabled:
         fewer = session.evaluator(settings.evaluation.training_tokens)
-        groups = group_kls(session, student, session.recipe, fewer)
+        groups = group_kls(session, student, session.plan, fewer)
         content["sensitivity"] = [asdict(group) for group in groups]
         _say_worst(session, groups)
     write_json(settings.run_dir / "ptq.json", content, session)
-    if "sensitivity" in content and session.context.is_main:
+    if "sensitivity" in content and session.ranks.is_main:
         picture = draw_sensitivity([GroupKL(**group) for group in content["sensitivity"]])
         write_bytes_whole(settings.run_dir / "sensitivity.png", picture.png)
     return gap

@@ -35,7 +35,7 @@ def run_recovery(settings: Settings, *, command: str) -> None:
     columns["ptq"] = as_column(measure_gap(session, ready_to_ship(session, ptq_student(session)), evaluator))
     if settings.report.compare_qat:
         qat_dir = settings.run_dir / "qat"
-        if session.context.is_main:
+        if session.ranks.is_main:
             qat_dir.mkdir(exist_ok=True)
         dist.barrier()
         columns["qat"] = as_column(measure(session, "QAT", evaluator, train_student(session, qat_dir, Objective.QAT)))
@@ -45,7 +45,7 @@ def run_recovery(settings: Settings, *, command: str) -> None:
     write_json(settings.run_dir / "evaluation.json", asdict(recovered), session)
     write_export(session, student)
     compare_export(session, student)
-    if session.context.is_main:
+    if session.ranks.is_main:
         found = {"columns": columns, "seconds": time.monotonic() - started, "command": ["megaqad", *sys.argv[1:]]}
         write_json(settings.run_dir / COLUMNS_FILE, found, session)
         show_report(settings)

@@ -11,8 +11,7 @@ from rich.console import Console
 
 from megaqad.config import Settings
 from megaqad.errors import UserError
-from megaqad.models.description import describe_model
-from megaqad.models.rows import hf_tensors
+from megaqad.models.families import describe_model
 from megaqad.quantization.allocation import BF16, GroupKL
 from megaqad.quantization.choice import read_choice
 from megaqad.report import (
@@ -77,7 +76,7 @@ def _curve(path: Path) -> Curve:
 
 def _facts(settings: Settings, seconds: float, command: list[str]) -> RunFacts:
     parallel, train = settings.parallel, settings.train
-    description = describe_model(settings.model_dir)
+    architecture = describe_model(settings.model_dir)
     verified = settings.run_dir / "verify.json"
     verification = None
     if verified.is_file():
@@ -87,7 +86,7 @@ def _facts(settings: Settings, seconds: float, command: list[str]) -> RunFacts:
             summary=f"{found['tensors']} tensors intact, and transformers computes the student's logits over "
             f"{found['tokens']} tokens to a relative error of {found['relative_error']:.1e}",
         )
-    sizes = hf_tensors(description).values()
+    sizes = architecture.tensors.values()
     kept, in_fp8 = list(settings.quantization.exclude), list[str]()
     if settings.quantization.auto is not None:
         choice = read_choice(settings.run_dir)

@@ -4,19 +4,19 @@ from collections.abc import Sequence
 
 from megaqad.commands.session import Session
 from megaqad.evaluation import Evaluator
-from megaqad.models.causal_lm import CausalLM
+from megaqad.models.model import Model
 from megaqad.quantization.allocation import BF16, GroupKL, average_bits, choose, predicted_kl
 from megaqad.quantization.choice import Choice
-from megaqad.quantization.recipe import Recipe
+from megaqad.quantization.plan import QuantizationPlan
 from megaqad.quantization.sensitivity import measure_groups, quantize_only, quantized_groups, use_formats
 
 
 def group_kls(
-    session: Session, student: list[CausalLM], recipe: Recipe, evaluator: Evaluator, others: Sequence[str] = ()
+    session: Session, student: Model, plan: QuantizationPlan, evaluator: Evaluator, others: Sequence[str] = ()
 ) -> list[GroupKL]:
-    """KL of every group that ``recipe`` quantizes, alone, and the same in the formats ``others``; ``student`` is
+    """KL of every group that ``plan`` quantizes, alone, and the same in the formats ``others``; ``student`` is
     calibrated by it and ready to ship."""
-    groups = quantized_groups(recipe, session.description)
+    groups = quantized_groups(plan, session.architecture)
     with session.terminal.progress("each layer alone", len(groups) * (1 + len(others))) as progress:
 
         def measure() -> float:
@@ -24,10 +24,10 @@ def group_kls(
             progress.update(progress.task_ids[0], advance=1)
             return kl
 
-        return measure_groups(student, groups, measure, context=session.context, recipe=recipe, others=others)
+        return measure_groups(student, groups, measure, plan=plan, others=others)
 
 
-def choose_formats(session: Session, student: list[CausalLM], evaluator: Evaluator) -> Choice:
+def choose_formats(session: Session, student: Model, evaluator: Evaluator) -> Choice:
     """Measure the groups in every candidate format, choose, and measure the choice on the same tokens.
 
     Args:
@@ -38,14 +38,14 @@ def choose_formats(session: Session, student: list[CausalLM], evaluator: Evaluat
     quantization = session.settings.quantization
     target = quantization.target_bits
     assert target is not None, "only under quantization.auto"
-    recipe = session.recipe_of_settings()
-    groups = group_kls(session, student, recipe, evaluator, quantization.auto_formats)
+    plan = session.plan_of_settings()
+    groups = group_kls(session, student, plan, evaluator, quantization.auto_formats)
     chosen = choose(groups, target)
-    modules = {group.name: group.modules for group in quantized_groups(recipe, session.description)}
+    modules = {group.name: group.modules for group in quantized_groups(plan, session.architecture)}
     formats = {module: name for group, name in chosen.items() for module in modules[group]}
-    others = {module: known for module, name in formats.items() if (known := recipe.named(name)) is not None}
-    use_formats(student, session.context, others)
-    quantize_only(student, {module for module in recipe.formats if formats.get(module) != BF16}, caches=True)
+    others = {module: known for module, name in formats.items() if (known := plan.named(name)) is not None}
+    use_formats(student, others)
+    quantize_only(student, {module for module in plan.formats if formats.get(module) != BF16}, caches=True)
     measured = evaluator.evaluate(student)
     choice = Choice(
         target_bits=target,

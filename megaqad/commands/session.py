@@ -1,4 +1,4 @@
-"""What the commands share: the ranks' context, the model's description, the data, teachers and students."""
+"""What the stages of a run share: ranks, the model's description, the data, teachers and students."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,26 +14,29 @@ from megaqad.distillation.teachers import LiveTeacher, Teacher
 from megaqad.errors import UserError
 from megaqad.evaluation import Evaluator
 from megaqad.identity import claim_output_dir
-from megaqad.models.build import build_model, transformer_config
-from megaqad.models.causal_lm import CausalLM
-from megaqad.models.description import ModelDescription, describe_model
-from megaqad.models.hf_reader import load_weights
+from megaqad.models.architecture import Architecture
+from megaqad.models.build import build_model
+from megaqad.models.families import describe_model
+from megaqad.models.load import load_weights
+from megaqad.models.model import Model
 from megaqad.quantization.calibrate import calibrate
 from megaqad.quantization.choice import chosen_settings, read_choice
-from megaqad.quantization.layers import QuantizerMode
-from megaqad.quantization.recipe import Recipe, misfits, recipe_for
+from megaqad.quantization.model import build_quantized, sites, switch
+from megaqad.quantization.plan import QuantizationPlan, plan_for
 from megaqad.quantization.settings import QuantizationSettings
-from megaqad.quantization.state import modules_for, refresh_weights, set_mode
+from megaqad.quantization.site import QuantizerMode
 from megaqad.runtime.agree import together
 from megaqad.runtime.duration import seconds_of
 from megaqad.runtime.lock import DirectoryLock
-from megaqad.runtime.parallel import ParallelContext, initialize_parallel, join_ranks
+from megaqad.runtime.ranks import Ranks, initialize_parallel, join_ranks
 from megaqad.runtime.watchdog import Watchdog, enable_flight_recorder
 from megaqad.training.checkpoint import latest_checkpoint, load_checkpoint
 from megaqad.training.logs import Terminal
 
 LEAST_COLLECTIVE_TIMEOUT_MINUTES = 30.0
 """Before a process group gives up by itself; longer than ``runtime.hang_timeout``, which says more."""
+MOST_NAMED = 8
+"""Modules named in a line."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -42,8 +45,8 @@ class Session:
     """One command's run on this rank."""
 
     settings: Settings
-    description: ModelDescription
-    context: ParallelContext
+    architecture: Architecture
+    ranks: Ranks
     terminal: Terminal
     lock: DirectoryLock | None = None
     """On ``output_dir``, while the session lives; on the main rank of a command that writes there."""
@@ -58,14 +61,13 @@ class Session:
         patience = seconds_of(settings.runtime.hang_timeout, "runtime.hang_timeout")
         enable_flight_recorder()
         join_ranks(timeout_minutes=max(LEAST_COLLECTIVE_TIMEOUT_MINUTES, 1.5 * patience / 60))
-        context = initialize_parallel(settings.sizes, seed=settings.seed)
-        description = describe_model(settings.model_dir)
-        terminal = Terminal(is_main=context.is_main, watchdog=Watchdog(patience, context.rank))
-        session = cls(settings, description, context, terminal)
+        ranks = initialize_parallel(settings.sizes, seed=settings.seed)
+        terminal = Terminal(is_main=ranks.is_main, watchdog=Watchdog(patience, ranks.rank))
+        session = cls(settings, describe_model(settings.model_dir), ranks, terminal)
         if command is not None:
             terminal.say(f"data: {session.data_facts}")
             with together():
-                if context.is_main:
+                if ranks.is_main:
                     session.lock = claim_output_dir(command, settings, session.data.train.fingerprint())
             if session.lock is not None and not session.lock.supported:
                 terminal.say(f"{settings.run_dir} is on a file system without locks: let no second run use it")
@@ -75,31 +77,30 @@ class Session:
     def dtype(self) -> torch.dtype:
         return DTYPES[self.settings.runtime.dtype]
 
-    def recipe_of_settings(self) -> Recipe:
+    def plan_of_settings(self) -> QuantizationPlan:
         """What the settings say, before ``quantization.auto`` chooses anything."""
-        return self._recipe(self.settings.quantization)
+        return self._plan(self.settings.quantization)
 
-    def _recipe(self, quantization: QuantizationSettings) -> Recipe:
-        return recipe_for(quantization, self.description, self.context.sizes.tensor)
+    def _plan(self, quantization: QuantizationSettings) -> QuantizationPlan:
+        return plan_for(quantization, self.architecture, self.ranks.sizes.tensor)
 
     @cached_property
-    def recipe(self) -> Recipe:
+    def plan(self) -> QuantizationPlan:
         """What is quantized; under ``quantization.auto`` only once this run has chosen (``students.settle_recipe``)."""
         quantization = self.settings.quantization
         if quantization.auto is not None:
             quantization = chosen_settings(quantization, read_choice(self.settings.run_dir))
-        recipe = self._recipe(quantization)
-        kept = misfits(recipe)
-        if kept:
-            self.terminal.say(f"kept in BF16, because they do not divide into blocks: {', '.join(kept)}")
-        return recipe
+        plan = self._plan(quantization)
+        if plan.misfits:
+            self.terminal.say(f"kept in BF16, because they do not divide into blocks: {', '.join(plan.misfits)}")
+        return plan
 
     @cached_property
     def data(self) -> Datasets:
         """Tokenized by the first rank of each machine while the others wait, then mapped by all."""
         settings = self.settings
         with together():
-            if self.context.is_main:
+            if self.ranks.is_main:
                 prepare_tokens(settings.data, model_dir=settings.model_dir)
         return build_datasets(
             settings.data,
@@ -118,61 +119,52 @@ class Session:
             f"{facts.validation_tokens:,} held out"
         )
 
-    def _build(
-        self, recipe: Recipe | None, *, initialize: bool = False, description: ModelDescription | None = None
-    ) -> list[CausalLM]:
-        description = description or self.description
-        config = transformer_config(
-            description,
-            self.context.sizes,
-            dtype=self.dtype,
-            recompute=self.settings.train.recompute,
-            initialize=initialize,
-        )
-        if recipe is None:
-            return build_model(description, config, self.context)
-        return build_model(description, config, self.context, **modules_for(recipe, description))
-
-    def random_model(self) -> list[CausalLM]:
+    def random_model(self) -> Model:
         """A model with random weights and no quantizers."""
-        return self._build(None, initialize=True)
+        recompute = self.settings.train.recompute
+        return build_model(self.architecture, self.ranks, dtype=self.dtype, recompute=recompute, initialize=True)
 
     @cached_property
-    def teacher(self) -> list[CausalLM]:
+    def teacher(self) -> Model:
         """The original model, frozen."""
         return self.frozen(self.settings.model_dir)
 
-    def frozen(self, model_dir: Path) -> list[CausalLM]:
+    def frozen(self, model_dir: Path) -> Model:
         """A checkpoint of any supported architecture in this run's layout, frozen."""
-        description = describe_model(model_dir)
-        chunks = self._build(None, description=description)
-        load_weights(chunks, description, model_dir)
-        for chunk in chunks:
-            chunk.requires_grad_(False)
-            chunk.eval()
-        return chunks
+        model = build_model(describe_model(model_dir), self.ranks, dtype=self.dtype)
+        load_weights(model, model_dir)
+        return model.freeze()
 
-    def original_student(self, recipe: Recipe | None = None) -> list[CausalLM]:
+    def _empty_student(self, plan: QuantizationPlan) -> Model:
+        recompute = self.settings.train.recompute
+        return build_quantized(self.architecture, self.ranks, plan, dtype=self.dtype, recompute=recompute)
+
+    def original_student(self, plan: QuantizationPlan | None = None) -> Model:
         """The original weights in a model with quantizers, not yet calibrated, quantizers off."""
-        chunks = self._build(recipe or self.recipe)
-        load_weights(chunks, self.description, self.settings.model_dir)
-        return chunks
+        student = self._empty_student(plan or self.plan)
+        load_weights(student, self.settings.model_dir)
+        return student
 
-    def calibrated_student(self, recipe: Recipe | None = None) -> list[CausalLM]:
+    def calibrated_student(self, plan: QuantizationPlan | None = None) -> Model:
         """The post-training-quantized student: the original weights, its scales from training data where any are.
 
-        ``recipe`` stands in for the run's own.
+        ``plan`` stands in for the run's own.
         """
-        recipe = recipe or self.recipe
-        chunks = self.original_student(recipe)
-        tokens, counted = self._calibration_tokens() if recipe.needs_data else ([], 0)
+        plan = plan or self.plan
+        student = self.original_student(plan)
+        tokens, counted = self._calibration_tokens() if plan.needs_data else ([], 0)
 
-        def observe(chunk: CausalLM, number: int) -> None:
-            set_mode([chunk], QuantizerMode.CALIBRATE if number < counted else QuantizerMode.OFF)
+        def observe(number: int) -> None:
+            for site in sites(student):
+                site.mode = QuantizerMode.CALIBRATE if number < counted else QuantizerMode.OFF
 
-        data = (lambda: forward_hidden(chunks, tokens, before=observe)) if recipe.needs_data else None
-        calibrate(chunks, self.context, data)
-        return chunks
+        silent = calibrate(student, (lambda: forward_hidden(student, tokens, before=observe)) if tokens else None)
+        if silent:
+            shown = ", ".join(silent[:MOST_NAMED]) + (
+                f" and {len(silent) - MOST_NAMED} more" if silent[MOST_NAMED:] else ""
+            )
+            self.terminal.say(f"saw only zeros in calibration, so they take their layer's scale or 1: {shown}")
+        return student
 
     @property
     def calibration_samples(self) -> int:
@@ -185,21 +177,20 @@ class Session:
         One at a time, so that any number of them is the same sequences in every layout. Also how many of this rank's
         count: the last one may be there only because other ranks have as many.
         """
-        samples, ranks, rank = self.calibration_samples, self.context.data_size, self.context.data_rank
+        samples, ranks, rank = self.calibration_samples, self.ranks.data_size, self.ranks.data_rank
         each = -(-samples // ranks)
         batches = self.data.train.micro_batches(
             0, global_batch_size=each * ranks, micro_batch_size=1, data_rank=rank, data_size=ranks
         )
-        tokens = [batch.tokens.to(self.context.device) for batch in batches]
+        tokens = [batch.tokens.to(self.ranks.device) for batch in batches]
         return tokens, len(range(rank, samples, ranks))
 
-    def student_from(self, directory: Path) -> list[CausalLM]:
+    def student_from(self, directory: Path) -> Model:
         """The student of a checkpoint, quantizers on."""
-        chunks = self._build(self.recipe)
-        load_checkpoint(directory, chunks, self.context)
-        refresh_weights(chunks, self.context)
-        set_mode(chunks, QuantizerMode.ON)
-        return chunks
+        student = self._empty_student(self.plan)
+        load_checkpoint(directory, student)
+        switch(student, QuantizerMode.ON)
+        return student
 
     def chosen_student(self) -> Path:
         """The checkpoint that ``student=`` names.
@@ -225,7 +216,6 @@ class Session:
         return Evaluator(
             original or LiveTeacher(self.teacher),
             self.data.validation,
-            self.context,
             max_tokens=max_tokens,
             micro_batch_size=self.settings.train.micro_batch_size,
         )

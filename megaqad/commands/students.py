@@ -12,11 +12,11 @@ from megaqad.commands.teaching import divergence_of, hidden_loss_of, teacher_of
 from megaqad.distillation.step import DistillationStep, Objective
 from megaqad.evaluation import Evaluation, Evaluator
 from megaqad.identity import identity_of
-from megaqad.models.causal_lm import CausalLM
+from megaqad.models.model import Model
 from megaqad.quantization.choice import has_choice, read_choice, write_choice
-from megaqad.quantization.layers import QuantizerMode
+from megaqad.quantization.model import round_to_export_dtype, switch
 from megaqad.quantization.settings import SCALE_LR
-from megaqad.quantization.state import refresh_weights, round_to_export_dtype, set_mode
+from megaqad.quantization.site import QuantizerMode
 from megaqad.runtime.agree import on_main
 from megaqad.runtime.files import write_text_whole
 from megaqad.training.checkpoint import STATE_FILE, CheckpointState, damage, layout_of, read_state
@@ -29,11 +29,11 @@ from megaqad.training.saver import CheckpointSaver, remove_leftovers
 
 def write_json(path: Path, content: object, session: Session) -> None:
     """Main rank: write a JSON file whole or not at all."""
-    if session.context.is_main:
+    if session.ranks.is_main:
         write_text_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def measure(session: Session, title: str, evaluator: Evaluator, student: list[CausalLM]) -> Evaluation:
+def measure(session: Session, title: str, evaluator: Evaluator, student: Model) -> Evaluation:
     """Evaluate under a progress bar."""
     with session.terminal.progress(f"evaluate {title}", evaluator.groups_of_batches) as progress:
         return evaluator.evaluate(student, lambda: progress.update(progress.task_ids[0], advance=1))
@@ -47,31 +47,31 @@ def settle_recipe(session: Session) -> None:
         lambda: has_choice(settings.run_dir) and read_choice(settings.run_dir).target_bits == target
     ):
         return
-    recipe = session.recipe_of_settings()
+    recipe = session.plan_of_settings()
     session.terminal.say(f"measuring each layer to choose an average of {target:g} bits")
     student = ready_to_ship(session, session.calibrated_student(recipe))
     choice = choose_formats(session, student, session.evaluator(settings.evaluation.training_tokens))
     on_main(lambda: write_choice(settings.run_dir, choice, settings.quantization))
 
 
-def ptq_student(session: Session) -> list[CausalLM]:
+def ptq_student(session: Session) -> Model:
     """The calibrated student: from ``ptq/`` when this run has calibrated already, else calibrated and saved there."""
     settle_recipe(session)
     directory = session.settings.run_dir / "ptq"
     facts = fingerprint(session)
     if on_main(lambda: _is_calibration_of(directory, facts)):
-        problem = damage(directory, session.context, with_training=False)
+        problem = damage(directory, session.ranks, with_training=False)
         if problem is None:
             return session.student_from(directory)
         session.terminal.say(f"ptq is damaged and made again: {problem}")
-    if session.recipe.needs_data:
+    if session.plan.needs_data:
         session.terminal.say(f"calibrating on {session.calibration_samples} training sequences")
-    elif session.recipe.enabled:
+    elif session.plan.enabled:
         session.terminal.say("calibrating without data: no scale of this recipe comes from them")
     student = session.calibrated_student()
     on_main(lambda: remove_leftovers(session.settings.run_dir))
-    saver = CheckpointSaver(session.context)
-    saver.start(directory, student, CheckpointState(Position(), facts, layout_of(session.context)))
+    saver = CheckpointSaver(session.ranks)
+    saver.start(directory, student, CheckpointState(Position(), facts, layout_of(session.ranks)))
     saver.finish()
     return student
 
@@ -93,14 +93,14 @@ def fingerprint(session: Session, command: str = "distill") -> dict[str, Any]:
     return {**identity_of(command, session.settings), "data.tokens": tokens}
 
 
-def train_student(session: Session, run_dir: Path, objective: Objective) -> list[CausalLM]:
+def train_student(session: Session, run_dir: Path, objective: Objective) -> Model:
     """Train from the calibrated student, or go on from the newest checkpoint in ``run_dir``; the trained student.
 
     Its weights are rounded to the export dtype, so that what is evaluated is what is shipped.
     """
     settings = session.settings
     student = ptq_student(session)
-    freeze(student, session.description, settings.train.trainable)
+    freeze(student, settings.train.trainable)
     wrapped = wrap_for_training(student)
     optimizer, scheduler = build_optimizer(
         wrapped, settings.train, session.dtype, scale_lr=settings.quantization.scale_lr or SCALE_LR
@@ -119,19 +119,18 @@ def train_student(session: Session, run_dir: Path, objective: Objective) -> list
     TrainingRun(
         run_dir=run_dir,
         settings=settings,
-        context=session.context,
         terminal=session.terminal,
         title=objective.value.upper(),
         model=student,
         step=DistillationStep(
+            student,
             wrapped,
             optimizer,
             scheduler,
-            session.context,
             objective=objective,
             teacher=teacher,
             divergence=divergence_of(session),
-            hidden=hidden_loss_of(session, student, teacher) if teacher is not None else None,
+            hidden=hidden_loss_of(session, student, teacher.model) if teacher is not None else None,
         ),
         data=session.data.train,
         fingerprint=fingerprint(session) | {"distill.objective": objective.value},
@@ -140,19 +139,16 @@ def train_student(session: Session, run_dir: Path, objective: Objective) -> list
     return ready_to_ship(session, student)
 
 
-def ready_to_ship(session: Session, student: list[CausalLM]) -> list[CausalLM]:
+def ready_to_ship(session: Session, student: Model) -> Model:
     """The student with its weights as the export will hold them, quantizers on."""
+    switch(student, QuantizerMode.ON)
     round_to_export_dtype(student)
-    refresh_weights(student, session.context)
-    set_mode(student, QuantizerMode.ON)
-    for chunk in student:
-        chunk.eval()
-    return student
+    return student.train(False)
 
 
-def load_student(session: Session) -> list[CausalLM]:
+def load_student(session: Session) -> Model:
     """The student that ``student=`` names, ready to ship; the teacher's weights when nothing is quantized."""
-    if not session.recipe.enabled and session.settings.student == "auto":
+    if not session.plan.enabled and session.settings.student == "auto":
         return session.teacher
     return ready_to_ship(session, session.student_from(session.chosen_student()))
 

@@ -9,9 +9,9 @@ from megaqad.distillation.hidden import HiddenLoss
 from megaqad.distillation.teachers import CachedTeacher, LiveTeacher, SelfTeacher, Teacher
 from megaqad.identity import model_fingerprint, tokenizer_digest
 from megaqad.losses import Objective, build_objective
-from megaqad.models.causal_lm import CausalLM
-from megaqad.models.description import describe_model
-from megaqad.models.hf_reader import load_head, original_values
+from megaqad.models.families import describe_model
+from megaqad.models.load import load_head, original_values
+from megaqad.models.model import Model
 from megaqad.models.trainable import trained_share
 from megaqad.runtime.agree import on_main
 
@@ -22,11 +22,11 @@ def divergence_of(session: Session) -> Objective:
     return build_objective(distill.loss or {"forward_kl": 1.0}, temperature=distill.temperature, beta=distill.beta)
 
 
-def teacher_of(session: Session, student: list[CausalLM]) -> Teacher:
+def teacher_of(session: Session, student: Model) -> Teacher:
     """``distill.teacher``, behind ``distill.cache`` when there is one.
 
     Args:
-        student: this rank's chunks, bare, with ``requires_grad`` on what is trained.
+        student: bare, with ``requires_grad`` on what is trained.
 
     Collectives: of a teacher that is built, and ``on_main`` for a cache.
 
@@ -39,8 +39,8 @@ def teacher_of(session: Session, student: list[CausalLM]) -> Teacher:
     if settings.cache_dir is None:
         return _live(session)
     facts = on_main(lambda: _cache_facts(session))
-    cache = HiddenCache(settings.cache_dir, facts, session.context)
-    return CachedTeacher(cache, _head(session), lambda: _live(session), session.context)
+    cache = HiddenCache(settings.cache_dir, facts, session.ranks)
+    return CachedTeacher(cache, _head(session), lambda: _live(session), session.ranks)
 
 
 def _live(session: Session) -> Teacher:
@@ -48,11 +48,11 @@ def _live(session: Session) -> Teacher:
     return LiveTeacher(session.teacher if distill.teacher in TEACHERS else session.frozen(session.settings.teacher_dir))
 
 
-def _self_teacher(session: Session, student: list[CausalLM]) -> Teacher:
+def _self_teacher(session: Session, student: Model) -> Teacher:
     """Originals come from the model's files, so it does not matter how far the student has been trained already."""
-    share = trained_share(session.description, session.settings.train.trainable)
+    share = trained_share(session.architecture, session.settings.train.trainable)
     session.terminal.say(f"the student is its own teacher; kept besides: the originals of {share:.1%} of its weights")
-    return SelfTeacher(student, original_values(student, session.description, session.settings.model_dir))
+    return SelfTeacher(student, original_values(student, session.settings.model_dir))
 
 
 def _cache_facts(session: Session) -> dict[str, str | int]:
@@ -68,18 +68,17 @@ def _cache_facts(session: Session) -> dict[str, str | int]:
 
 def _head(session: Session) -> torch.Tensor | None:
     """This rank's rows of the teacher's output head, read alone."""
-    context, teacher_dir = session.context, session.settings.teacher_dir
-    if not context.is_last_stage:
+    ranks, teacher_dir = session.ranks, session.settings.teacher_dir
+    if not ranks.is_last_stage:
         return None
-    rows = load_head(describe_model(teacher_dir), teacher_dir, context.tensor_rank, context.sizes.tensor, session.dtype)
-    return rows.to(context.device)
+    rows = load_head(describe_model(teacher_dir), teacher_dir, ranks.tensor_rank, ranks.sizes.tensor, session.dtype)
+    return rows.to(ranks.device)
 
 
-def hidden_loss_of(session: Session, student: list[CausalLM], teacher: Teacher) -> HiddenLoss | None:
+def hidden_loss_of(session: Session, student: Model, teacher: Model | None) -> HiddenLoss | None:
     """The loss on hidden states, if one is asked for."""
     hidden = session.settings.distill.hidden
     if not hidden.weight:
         return None
-    return HiddenLoss(
-        student, teacher.chunks, session.context, weight=hidden.weight, kind=hidden.kind, layers=hidden.layers
-    )
+    assert teacher is not None, "cached hidden states are refused with the settings"
+    return HiddenLoss(student, teacher, weight=hidden.weight, kind=hidden.kind, layers=hidden.layers)

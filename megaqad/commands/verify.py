@@ -12,7 +12,7 @@ from megaqad.errors import UserError
 from megaqad.export.reference import student_reference
 from megaqad.export.verify import Verification
 from megaqad.export.verify import verify as verify_export
-from megaqad.models.causal_lm import CausalLM
+from megaqad.models.model import Model
 
 SEQUENCES, LENGTH = 4, 128
 """Tokens compared when the user gives none: enough for every layer and scale to show in the logits."""
@@ -24,7 +24,7 @@ def verify(settings: Settings) -> None:
     compare_export(session, load_student(session))
 
 
-def compare_export(session: Session, student: list[CausalLM]) -> Verification | None:
+def compare_export(session: Session, student: Model) -> Verification | None:
     """Run the student and the export on the same tokens; the main rank returns what was found.
 
     Collectives: a forward pass of the student, its logits to the main rank, one broadcast of the outcome.
@@ -34,17 +34,15 @@ def compare_export(session: Session, student: list[CausalLM]) -> Verification | 
     """
     settings = session.settings
     given = settings.tokens
-    tokens = read_token_file(given, session.description.vocab_size) if given else _some_tokens(session)
+    tokens = read_token_file(given, session.architecture.vocab_size) if given else _some_tokens(session)
     reference = student_reference(
         student,
-        session.description,
-        session.context,
-        session.recipe,
-        lambda chunks: gathered_logits(session, chunks, tokens),
+        session.plan,
+        lambda model: gathered_logits(session, model, tokens),
     )
     result: Verification | None = None
     problem: list[str | None] = [None]
-    if session.context.is_main:
+    if session.ranks.is_main:
         assert reference is not None
         try:
             result = verify_export(
@@ -71,6 +69,6 @@ def compare_export(session: Session, student: list[CausalLM]) -> Verification | 
 
 def _some_tokens(session: Session) -> torch.Tensor:
     """int64 [4, 128] random ids: a function is compared, not a text."""
-    length = min(LENGTH, session.description.max_position_embeddings)
+    length = min(LENGTH, session.architecture.max_position_embeddings)
     generator = torch.Generator().manual_seed(session.settings.seed)
-    return torch.randint(0, session.description.vocab_size, (SEQUENCES, length), generator=generator)
+    return torch.randint(0, session.architecture.vocab_size, (SEQUENCES, length), generator=generator)

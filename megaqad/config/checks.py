@@ -11,12 +11,13 @@ from megaqad.data import build_datasets, read_token_file
 from megaqad.data.sources import split_files
 from megaqad.distill_settings import TEACHERS, check_self_teacher, check_teacher
 from megaqad.errors import UserError
+from megaqad.models.architecture import Architecture
 from megaqad.models.checks import check_checkpoint, check_layout, check_sequence_length
-from megaqad.models.description import ModelDescription, describe_model
+from megaqad.models.families import describe_model
 from megaqad.models.trainable import check_trainable
 from megaqad.quantization.backend import check_backend
 from megaqad.quantization.formats import cache_number
-from megaqad.quantization.recipe import HEAD, Recipe, recipe_for
+from megaqad.quantization.plan import QuantizationPlan, plan_for
 from megaqad.runtime.duration import seconds_of
 
 DTYPES = ("bfloat16", "float32")
@@ -37,7 +38,7 @@ def data_parallel_size(settings: Settings) -> int:
     return world_size(settings) // settings.sizes.model_ranks
 
 
-def check_settings(command: str, settings: Settings) -> ModelDescription:
+def check_settings(command: str, settings: Settings) -> Architecture:
     """Refuse what cannot work, before any rank exists: settings, layout, model files. Returns the model it read.
 
     Raises:
@@ -51,27 +52,27 @@ def check_settings(command: str, settings: Settings) -> ModelDescription:
         raise UserError("data is not set: give data=<file.txt>, a directory or a glob, or data=stdlib")
     _check_values(settings)
     _check_world(settings)
-    description = describe_model(settings.model_dir)
-    check_layout(description, settings.sizes)
+    architecture = describe_model(settings.model_dir)
+    check_layout(architecture, settings.sizes)
     if command != "pretrain":
-        check_checkpoint(description, settings.model_dir)
-    recipe = recipe_for(settings.quantization, description, settings.sizes.tensor)
-    _check_export(settings, recipe)
+        check_checkpoint(architecture, settings.model_dir)
+    plan = plan_for(settings.quantization, architecture, settings.sizes.tensor)
+    _check_export(settings, plan)
     check_backend(settings.quantization, settings.runtime.dtype)
-    learned = recipe.quantized_modules() if settings.quantization.weight_scales == "learned" else []
-    check_trainable(description, settings.train.trainable, [name for name in learned if name != HEAD])
+    learned = list(plan.formats) if settings.quantization.weight_scales == "learned" else []
+    check_trainable(architecture, settings.train.trainable, [name for name in learned if name != architecture.head])
     if reads_data:
-        check_sequence_length(description, settings.train.sequence_length, settings.sizes)
+        check_sequence_length(architecture, settings.train.sequence_length, settings.sizes)
         _check_batches(settings)
     if settings.distill.teacher not in TEACHERS:
         check_sequence_length(describe_model(settings.teacher_dir), settings.train.sequence_length, settings.sizes)
-    check_teacher(settings.distill, description, settings.model_dir, settings.sizes)
+    check_teacher(settings.distill, architecture, settings.model_dir, settings.sizes)
     if command in COMMANDS_THAT_DISTILL:
-        check_self_teacher(settings.distill, description, settings.train.trainable)
-    return description
+        check_self_teacher(settings.distill, architecture, settings.train.trainable)
+    return architecture
 
 
-def check_data(command: str, settings: Settings, description: ModelDescription, *, read_text: bool) -> None:
+def check_data(command: str, settings: Settings, architecture: Architecture, *, read_text: bool) -> None:
     """Refuse data that cannot be used, as ``check_settings`` does settings; apart, because this takes time.
 
     Args:
@@ -83,7 +84,7 @@ def check_data(command: str, settings: Settings, description: ModelDescription, 
         UserError: the first thing that is wrong with the data, or with the file of ``tokens``.
     """
     if command == "logits" or (command in COMMANDS_WITH_TOKENS and settings.tokens is not None):
-        tokens, tensor = read_token_file(settings.tokens, description.vocab_size), settings.parallel.tensor
+        tokens, tensor = read_token_file(settings.tokens, architecture.vocab_size), settings.parallel.tensor
         if settings.parallel.sequence and tokens.shape[1] % tensor:
             raise UserError(
                 f"tokens={settings.tokens} are {tokens.shape[1]} long, which does not divide by parallel.tensor="
@@ -128,16 +129,16 @@ def _check_values(settings: Settings) -> None:
     _check_resilience(settings)
 
 
-def _check_export(settings: Settings, recipe: Recipe) -> None:
+def _check_export(settings: Settings, plan: QuantizationPlan) -> None:
     """What export.format=compressed_tensors has no words for."""
     if settings.export.format != "compressed_tensors":
         return
-    if cache_number(recipe.kv_cache) == "nvfp4":
+    if cache_number(plan.kv_cache) == "nvfp4":
         raise UserError(
-            f"export.format=compressed_tensors has no quantization.kv_cache={recipe.kv_cache}: set "
-            f"quantization.kv_cache={recipe.kv_cache.replace('nvfp4', 'fp8')}, or export.format=modelopt"
+            f"export.format=compressed_tensors has no quantization.kv_cache={plan.kv_cache}: set "
+            f"quantization.kv_cache={plan.kv_cache.replace('nvfp4', 'fp8')}, or export.format=modelopt"
         )
-    dynamic = [name for name, chosen in recipe.formats.items() if chosen.dynamic and chosen.activations == "nvfp4"]
+    dynamic = [name for name, chosen in plan.formats.items() if chosen.dynamic and chosen.activations == "nvfp4"]
     if dynamic:
         raise UserError(
             f"export.format=compressed_tensors has no NVFP4 inputs with quantization.activation_scales=dynamic, as of "

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megaqad.config.settings import Settings
 from megaqad.errors import UserError
-from megaqad.models.description import describe_model
+from megaqad.models.families import describe_model
 from megaqad.quantization.modelopt_recipe import is_modelopt_recipe, translate
 from megaqad.quantization.recipe_file import own_recipe
 from megaqad.quantization.settings import suggestion

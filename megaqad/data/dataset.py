@@ -13,7 +13,6 @@ Letters: N tokens, b samples, s tokens of a sequence.
 """
 
 import hashlib
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -21,17 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megaqad.data.batch import Batch
 from megaqad.errors import UserError
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some sequences, on the CPU. tokens int64 [b, s]; labels int64 [b, s], the token after each; loss_mask float32
-    [b, s], 1 where the label counts and 0 where it does not."""
-
-    tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
 
 
 def mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -112,7 +102,7 @@ class TokenDataset:
         """The tokens in their own order, for measuring: every token but the first is a label exactly once.
 
         max_tokens: count only so many labels (0: all). What fills up the last sequence, and the sequences that give
-        every rank the same number of batches [micro_batch_size, s], has loss_mask 0.
+        every rank the same number of batches [micro_batch_size, s], has weight 0.
         """
         assert 0 <= data_rank < data_size, f"data_rank={data_rank} of {data_size}"
         labels = len(self.tokens) - 1

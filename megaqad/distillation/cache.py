@@ -29,7 +29,7 @@ from megaqad.errors import UserError
 from megaqad.losses.sharding import gather_sequence
 from megaqad.runtime.agree import any_rank, on_main, together
 from megaqad.runtime.files import write_safetensors, write_text_whole
-from megaqad.runtime.parallel import ParallelContext
+from megaqad.runtime.ranks import Ranks
 
 MANIFEST = "teacher_cache.json"
 IN_WORDS = {
@@ -51,7 +51,7 @@ def tokens_digest(tokens: Tensor) -> str:
 class HiddenCache:
     """One directory, open for one teacher and one set of data."""
 
-    def __init__(self, directory: Path, facts: Mapping[str, str | int], context: ParallelContext) -> None:
+    def __init__(self, directory: Path, facts: Mapping[str, str | int], ranks: Ranks) -> None:
         """
         Args:
             directory: made when it is not there.
@@ -63,12 +63,12 @@ class HiddenCache:
         Raises:
             UserError: the directory holds something else, or the cache of other facts; the first difference is named.
         """
-        self._directory, self._context = directory, context
+        self._directory, self._ranks = directory, ranks
         on_main(lambda: _open(directory, facts))
 
     def has_all(self, tokens: Sequence[Tensor]) -> bool:
         """Whether no rank of the run misses a sequence of its microbatches [b, s]. Collective: one all-reduce."""
-        mine = self._context.is_last_stage  # the others have nothing to read
+        mine = self._ranks.is_last_stage  # the others have nothing to read
         return not any_rank(mine and any(not path.is_file() for batch in tokens for path in self._paths(batch)))
 
     def read(self, tokens: Sequence[Tensor]) -> list[Tensor]:
@@ -93,16 +93,16 @@ class HiddenCache:
         """
         whole = [self._whole(states) for states in hidden]
         with together():
-            if self._context.tensor_rank == 0:
+            if self._ranks.tensor_rank == 0:
                 for batch, states in zip(tokens, whole, strict=False):  # no hidden states off the last stage
                     for sequence, path in enumerate(self._paths(batch)):
                         if not path.is_file():
                             self._save(path, states[:, sequence])
 
     def _whole(self, states: Tensor) -> Tensor:
-        if not self._context.sizes.sequence:
+        if not self._ranks.sizes.sequence:
             return states
-        return gather_sequence(states.flatten(1), self._context.tensor_group).view(-1, *states.shape[1:])
+        return gather_sequence(states.flatten(1), self._ranks.tensor_group).view(-1, *states.shape[1:])
 
     def _paths(self, batch: Tensor) -> list[Path]:
         rows = batch.to("cpu", torch.int32).contiguous().numpy()
@@ -111,16 +111,16 @@ class HiddenCache:
 
     def _load(self, path: Path) -> Tensor:
         """[s(/tp), h]: under sequence parallelism this rank's slice."""
-        context = self._context
+        ranks = self._ranks
         try:
             with safe_open(path, framework="pt") as file:
                 part = file.get_slice("hidden")
-                length = part.get_shape()[0] // (context.sizes.tensor if context.sizes.sequence else 1)
-                first = context.tensor_rank * length if context.sizes.sequence else 0
+                length = part.get_shape()[0] // (ranks.sizes.tensor if ranks.sizes.sequence else 1)
+                first = ranks.tensor_rank * length if ranks.sizes.sequence else 0
                 states: Tensor = part[first : first + length]
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} of distill.cache is damaged ({error}): delete it, it is made again") from error
-        return states.to(context.device)
+        return states.to(ranks.device)
 
     def _save(self, path: Path, states: Tensor) -> None:
         temporary = path.with_name(f".{path.name}.{dist.get_rank()}.{os.getpid()}.writing")

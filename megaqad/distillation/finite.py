@@ -23,7 +23,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megaqad.distillation.teachers import Teacher
-from megaqad.runtime.parallel import ParallelContext
+from megaqad.runtime.ranks import Ranks
 
 LARGEST_NORM = 1e18
 """Of the gradient on one rank: its square still fits an FP32 sum over ranks."""
@@ -58,9 +58,9 @@ class Fault:
 class FiniteWatch:
     """Watches the student of one ``DistillationStep``."""
 
-    def __init__(self, student: Sequence[DistributedDataParallel], context: ParallelContext) -> None:
+    def __init__(self, student: Sequence[DistributedDataParallel], ranks: Ranks) -> None:
         self._student = list(student)
-        self._context = context
+        self._ranks = ranks
         parameters = [one for chunk in self._student for one in chunk.parameters() if one.requires_grad]
         self._sums: list[list[Tensor]] = [[] for _ in parameters]
         for parameter, sums in zip(parameters, self._sums, strict=True):
@@ -82,7 +82,7 @@ class FiniteWatch:
         """
         norms = [torch.linalg.vector_norm(data) for data in self._gradient_buffers()]
         numbers = [*norms, *(loss.float().reshape(()) for loss in losses)]
-        looked_at = torch.stack(numbers or [torch.zeros((), device=self._context.device)])  # a frozen stage has none
+        looked_at = torch.stack(numbers or [torch.zeros((), device=self._ranks.device)])  # a frozen stage has none
         bad = torch.logical_not(looked_at.abs() < LARGEST_NORM).any().to(torch.int32)  # NaN compares false
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         return self._locate(losses, norms) if bad.item() else None
@@ -95,12 +95,12 @@ class FiniteWatch:
     def _locate(self, losses: Sequence[Tensor], norms: Sequence[Tensor]) -> Fault:
         """Ask all ranks where it began: in a loss, else in the latest pipeline stage whose own gradients show it."""
         report = {
-            "stage": self._context.pipeline_rank,
+            "stage": self._ranks.pipeline_rank,
             "losses": [index for index, loss in enumerate(losses) if not loss.isfinite()],
             "gradients": self._bad_micro_batches(),
             "norm": any(not norm < LARGEST_NORM for norm in norms),
         }
-        reports: list[dict[str, Any]] = [{}] * self._context.world_size
+        reports: list[dict[str, Any]] = [{}] * self._ranks.world_size
         dist.all_gather_object(reports, report)
         for what, key in (("loss", "losses"), ("gradient", "gradients")):
             stages = [one["stage"] for one in reports if one[key]]
@@ -137,7 +137,7 @@ class TeacherFault:
 
 @torch.no_grad()
 def teacher_fault(
-    teacher: Teacher, hidden: Sequence[Tensor], token_weights: Sequence[Tensor], context: ParallelContext
+    teacher: Teacher, hidden: Sequence[Tensor], token_weights: Sequence[Tensor], ranks: Ranks
 ) -> TeacherFault | None:
     """This rank's first fault among the tokens that count. No collectives.
 
@@ -150,27 +150,27 @@ def teacher_fault(
     if not hidden:
         return None
     bad = [
-        _sequence_slice(weights, context).ne(0) & ~states.sum(-1, dtype=torch.float32).isfinite()
+        _sequence_slice(weights, ranks).ne(0) & ~states.sum(-1, dtype=torch.float32).isfinite()
         for weights, states in zip(token_weights, hidden, strict=True)
     ]  # [s(/tp), b] each
     head = teacher.head_weight().sum(dtype=torch.float32).isfinite()
     if bool(head & ~torch.stack([found.any() for found in bad]).any()):
         return None
     if not head:
-        return TeacherFault(context.rank, context.data_rank, None)
+        return TeacherFault(ranks.rank, ranks.data_rank, None)
     index, found = next((index, found) for index, found in enumerate(bad) if found.any())
     sequence = int(found.any(0).nonzero()[0])
-    first = context.tensor_rank * found.shape[0] if context.sizes.sequence else 0
+    first = ranks.tensor_rank * found.shape[0] if ranks.sizes.sequence else 0
     positions = found[:, sequence].nonzero().flatten() + first
-    return TeacherFault(context.rank, context.data_rank, (index, sequence), (int(positions[0]), int(positions[-1])))
+    return TeacherFault(ranks.rank, ranks.data_rank, (index, sequence), (int(positions[0]), int(positions[-1])))
 
 
-def _sequence_slice(token_weights: Tensor, context: ParallelContext) -> Tensor:
+def _sequence_slice(token_weights: Tensor, ranks: Ranks) -> Tensor:
     """[b, s] -> [s(/tp), b], this rank's tokens."""
     by_position = token_weights.transpose(0, 1)
-    if not context.sizes.sequence:
+    if not ranks.sizes.sequence:
         return by_position
-    return by_position.chunk(context.sizes.tensor)[context.tensor_rank]
+    return by_position.chunk(ranks.sizes.tensor)[ranks.tensor_rank]
 
 
 def explain_teacher(faults: Sequence[TeacherFault], step: int) -> str:

@@ -23,10 +23,9 @@ import torch
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
-from megaqad.distillation.forward import flatten_tokens
+from megaqad.data.batch import flatten_tokens
 from megaqad.losses import hidden_cka, hidden_cosine
-from megaqad.models.causal_lm import CausalLM
-from megaqad.runtime.parallel import ParallelContext
+from megaqad.models.model import Model
 
 
 def matching_layer(layer: int, student_layers: int, teacher_layers: int) -> int:
@@ -63,9 +62,8 @@ class HiddenLoss:
 
     def __init__(
         self,
-        student: Sequence[CausalLM],
-        teacher: Sequence[CausalLM],
-        context: ParallelContext,
+        student: Model,
+        teacher: Model,
         *,
         weight: float,
         kind: str,
@@ -73,23 +71,22 @@ class HiddenLoss:
     ) -> None:
         """
         Args:
-            student: this rank's chunks, bare.
-            teacher: this rank's chunks in the same layout.
+            student: bare, not in DDP.
+            teacher: in the same layout.
             weight: of this loss beside the main one.
             kind: ``cosine`` (equal widths) or ``cka``.
             layers: the student's, counted from 0 over the whole model; none for all.
         """
-        self._context, self._weight = context, weight
+        self._ranks, self._weight = student.ranks, weight
         self._loss = _cosine if kind == "cosine" else hidden_cka
         self._capturing = False
         self._token_weights: list[Tensor] = []
         self._values: list[Tensor] = []
         self._pairs: dict[int, _Pair] = defaultdict(_Pair)
-        depths = student[0].config.num_layers, teacher[0].config.num_layers
-        theirs = _layers(teacher)
-        for index, layer in _layers(student).items():
+        depths = student.architecture.num_layers, teacher.architecture.num_layers
+        for index, layer in student.layers.items():
             if not layers or index in layers:
-                partner = theirs[matching_layer(index, *depths)]
+                partner = teacher.layers[matching_layer(index, *depths)]
                 partner.register_forward_hook(self._capture(index))
                 layer.register_forward_hook(self._compare(index))
 
@@ -119,28 +116,28 @@ class HiddenLoss:
 
     def value(self) -> Tensor:
         """float64 []: this stage's part of the trained loss, summed over the microbatches of the last step."""
-        zero = torch.zeros((), dtype=torch.float64, device=self._context.device)
+        zero = torch.zeros((), dtype=torch.float64, device=self._ranks.device)
         return self._weight * sum((value.double() for value in self._values), zero)
 
     def _capture(self, index: int) -> Callable[..., None]:
-        def hook(layer: nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> None:
+        def hook(layer: nn.Module, inputs: Any, hidden: Tensor) -> None:
             if self._capturing:
-                self._pairs[index].teacher.append(output[0])
+                self._pairs[index].teacher.append(hidden)
 
         return hook
 
-    def _compare(self, index: int) -> Callable[..., tuple[Tensor, Any] | None]:
-        def hook(layer: nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any] | None:
+    def _compare(self, index: int) -> Callable[..., Tensor | None]:
+        def hook(layer: nn.Module, inputs: Any, hidden: Tensor) -> Tensor | None:
             # With recomputation a layer runs without gradients first; the run that counts comes in backward, which
             # visits a layer's microbatches in the order of forward.
             if not self._token_weights or not torch.is_grad_enabled():
                 return None
-            hidden, *rest = output
             pair = self._pairs[index]
             gradient = self._gradient(hidden, pair.teacher[pair.seen], self._token_weights[pair.seen])
             pair.seen += 1
             added = _AddGradient.apply(hidden, gradient)
-            return make_viewless_tensor(inp=added, requires_grad=True, keep_graph=True), *rest
+            whole: Tensor = make_viewless_tensor(inp=added, requires_grad=True, keep_graph=True)
+            return whole
 
         return hook
 
@@ -152,8 +149,8 @@ class HiddenLoss:
                 leaf,
                 teacher.flatten(0, 1),
                 token_weights=token_weights,
-                group=self._context.tensor_group if self._context.sizes.tensor > 1 else None,
-                sequence_parallel=self._context.sizes.sequence,
+                group=self._ranks.tensor_group if self._ranks.sizes.tensor > 1 else None,
+                sequence_parallel=self._ranks.sizes.sequence,
             )
             (gradient,) = torch.autograd.grad(loss, leaf)
         self._values.append(loss.detach())
@@ -162,8 +159,3 @@ class HiddenLoss:
 
 def _cosine(student: Tensor, teacher: Tensor, **layout: Any) -> Tensor:
     return hidden_cosine(student, teacher, **layout)[0]
-
-
-def _layers(chunks: Sequence[CausalLM]) -> dict[int, nn.Module]:
-    """The layers on this rank by their number in the model, from 0."""
-    return {layer.layer_number - 1: layer for chunk in chunks for layer in chunk.decoder.layers}

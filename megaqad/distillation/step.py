@@ -5,35 +5,35 @@ stage, where the loss is computed (``teachers.py`` has other ways to come by the
 schedule Megatron-Core chooses (1F1B, interleaved 1F1B) as in plain training; nothing of the teacher travels through its
 pipeline. A step costs one forward more than fine-tuning and ``tokens x hidden`` of memory on the last stage.
 
-The loss is a sum over tokens. Megatron-Core divides the gradient once by the number of unmasked tokens of the global
-batch (``calculate_per_token_loss``), so neither microbatches nor data-parallel ranks are averaged over.
+The loss is a weighted sum over tokens. The gradient is divided once by the sum of the weights of the global batch, so
+neither microbatches nor data-parallel ranks are averaged over.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megaqad.data.batch import Batch, flatten_tokens
 from megaqad.distillation.finite import Fault, FiniteWatch, explain_teacher, teacher_fault
-from megaqad.distillation.forward import flatten_tokens
 from megaqad.distillation.hidden import HiddenLoss
 from megaqad.distillation.teachers import Teacher
 from megaqad.errors import UserError
 from megaqad.losses import CrossEntropy, ForwardKL, linear_divergence
 from megaqad.losses import Objective as Divergence
 from megaqad.models.causal_lm import CausalLM
-from megaqad.quantization.state import refresh_weights
+from megaqad.models.model import Model
+from megaqad.models.shared_heads import spread_shared_weights, sum_shared_gradients
 from megaqad.runtime.agree import gather_problems
-from megaqad.runtime.parallel import ParallelContext
+from megaqad.runtime.schedule import run_schedule
 
 
 class Objective(Enum):
@@ -44,22 +44,13 @@ class Objective(Enum):
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """One microbatch of this data-parallel rank."""
-
-    tokens: Tensor  # int64 [b, s]
-    labels: Tensor  # int64 [b, s], global vocabulary ids
-    token_weights: Tensor  # float32 [b, s], 0 leaves a token out of the loss
-    teacher_hidden: Tensor | None = None  # [s(/tp), b, h] on the last stage of a QAD step
-
-
-@dataclass(frozen=True)
 class StepResult:
     """What one step did; the same on every rank."""
 
     loss: float
-    """Mean over the unmasked tokens of the global batch."""
+    """Mean over the tokens of the global batch, by their weights."""
     tokens: int
+    """Of the global batch that count."""
     grad_norm: float
     """L2 norm of the whole model's gradient before clipping."""
     lr: float
@@ -72,10 +63,10 @@ class DistillationStep:
 
     def __init__(
         self,
+        model: Model,
         student: Sequence[DistributedDataParallel],
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
-        context: ParallelContext,
         *,
         objective: Objective,
         teacher: Teacher | None = None,
@@ -84,91 +75,114 @@ class DistillationStep:
     ) -> None:
         """
         Args:
-            student: this rank's chunks, wrapped in Megatron-Core's DDP, quantizers on and refreshed.
+            model: what is trained, quantizers on.
+            student: its chunks, wrapped in Megatron-Core's DDP.
             teacher: what the student learns from; required by ``Objective.QAD`` unless nothing asks for it.
             divergence: the loss of ``Objective.QAD``; forward KL when None. ``Objective.QAT`` is cross entropy.
             hidden: a further loss on hidden states, from the same teacher; ``Objective.QAD`` only.
         """
+        self.model = model
         self.student = list(student)
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.context = context
+        self.ranks = model.ranks
         self.objective = objective
         self.divergence = CrossEntropy() if objective is Objective.QAT else divergence or ForwardKL()
         self.hidden = hidden if objective is Objective.QAD else None
         needs_teacher = self.divergence.needs_teacher or self.hidden is not None
         assert not needs_teacher or teacher is not None, "distillation needs a teacher"
         self.teacher = teacher if needs_teacher else None
-        self.watch = FiniteWatch(self.student, context)
+        self.watch = FiniteWatch(self.student, self.ranks)
+        self._weight_sum = torch.zeros(())
+        for chunk in self.student:
+            chunk.module.config.finalize_model_grads_func = self._finish_gradients
 
-    def __call__(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+    def __call__(self, micro_batches: Sequence[Batch]) -> StepResult:
         """Train on one global batch, of which ``micro_batches`` is this data-parallel rank's share.
 
         A step whose loss or gradient is not finite leaves weights and moments alone; the schedule moves on with the
         data either way.
 
-        Collectives: the schedules', the gradient reduction, one sum of two numbers over data-parallel ranks and one
-        over stages, one flag of the teacher's, those of the losses and of ``FiniteWatch.fault``.
+        Collectives: the schedules', the gradient reduction, two sums over data-parallel ranks and one over stages, one
+        flag of the teacher's, those of the losses and of ``FiniteWatch.fault``.
 
         Raises:
             UserError: the teacher gives NaN or Inf; the message says where.
         """
+        self._weight_sum, tokens = self._count(micro_batches)
         prepared = self._with_teacher(micro_batches)
         for chunk in self.student:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.watch.begin()
-        weights = [batch.token_weights for batch in prepared]
+        weights = [batch.weights for batch in prepared]
         with self.hidden.compared(weights) if self.hidden is not None else nullcontext():
             per_micro_batch = self._forward_backward(prepared)
-        loss, tokens = self._reduce(per_micro_batch)
-        fault = self.watch.fault([entry["loss"][0] for entry in per_micro_batch])
+        loss = self._mean(per_micro_batch)
+        fault = self.watch.fault(per_micro_batch)
         grad_norm = None if fault is not None else self.optimizer.step()[1]
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.scheduler.step(increment=1)
         if fault is None:
-            refresh_weights(self.student, self.context)
+            spread_shared_weights(self.model)
+            self.model.changed()
         return StepResult(loss=loss, tokens=tokens, grad_norm=float(grad_norm or 0.0), lr=lr, fault=fault)
 
-    def _with_teacher(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    def _with_teacher(self, micro_batches: Sequence[Batch]) -> list[Batch]:
         """Run the teacher pass and attach its hidden states where the loss is computed."""
         if self.teacher is None:
             return list(micro_batches)
         with self.hidden.captured() if self.hidden is not None else nullcontext():
             hidden = self.teacher.last_hidden([batch.tokens for batch in micro_batches])
-        weights = [batch.token_weights for batch in micro_batches]
-        faults = gather_problems(teacher_fault(self.teacher, hidden, weights, self.context))
+        weights = [batch.weights for batch in micro_batches]
+        faults = gather_problems(teacher_fault(self.teacher, hidden, weights, self.ranks))
         if faults:
             raise UserError(explain_teacher(faults, step=self.scheduler.num_steps + 1))
-        if not self.context.is_last_stage:
+        if not self.ranks.is_last_stage:
             return list(micro_batches)
-        return [replace(batch, teacher_hidden=kept) for batch, kept in zip(micro_batches, hidden, strict=True)]
+        return [batch.taught(kept) for batch, kept in zip(micro_batches, hidden, strict=True)]
 
-    def _forward_backward(self, micro_batches: list[MicroBatch]) -> list[dict[str, Tensor]]:
-        iterators = [iter(micro_batches) for _ in self.student]
-        micro_batch_size, sequence_length = micro_batches[0].tokens.shape
-        return get_forward_backward_func()(
-            forward_step_func=self._forward_step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.student,
-            num_microbatches=len(micro_batches),
-            seq_length=sequence_length,
-            micro_batch_size=micro_batch_size,
+    def _count(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, int]:
+        """Sum of the token weights of the global batch, float64 [], and how many are not 0; the same on every rank."""
+        counts = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        for batch in micro_batches:
+            counts += torch.stack([batch.weights.double().sum(), batch.weights.count_nonzero().double()])
+        dist.all_reduce(counts, group=self.ranks.data_group)
+        return counts[0], int(counts[1].item())
+
+    def _forward_backward(self, micro_batches: list[Batch]) -> list[Tensor]:
+        batch_size, length = micro_batches[0].tokens.shape
+        return run_schedule(
+            self.ranks,
+            self.student,
+            self._forward_step,
+            micro_batches,
+            config=self.model.chunks[0].config,
+            shape=(batch_size, length),
             forward_only=False,
         )
 
-    def _forward_step(self, batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
+    def _forward_step(self, batches: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
         """What Megatron-Core's schedules call for each microbatch of each chunk."""
         batch = next(batches)
 
-        def loss_of(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        def loss_of(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             loss = self._loss(hidden, model.module, batch)
-            tokens = batch.token_weights.count_nonzero()
-            return loss, tokens.int(), {"loss": torch.stack([loss.detach().double(), tokens.double()])}
+            # Megatron-Core counts tokens in whole numbers; what divides the gradient is in ``_finish_gradients``.
+            return loss, torch.ones((), dtype=torch.int, device=loss.device), loss.detach()
 
         return model(batch.tokens), loss_of
 
-    def _loss(self, hidden: Tensor, model: CausalLM, batch: MicroBatch) -> Tensor:
+    def _finish_gradients(self, chunks: list[DistributedDataParallel], *_: Any, **__: Any) -> None:
+        """What Megatron-Core's schedules call when the last gradient is there: reduce over data, embedding and
+        sequence-parallel ranks, then divide by the weights of the global batch."""
+        finalize_model_grads(chunks, None, pg_collection=self.ranks.groups)
+        sum_shared_gradients(self.model)
+        if self._weight_sum > 0:
+            for chunk in chunks:
+                chunk.scale_gradients(1.0 / self._weight_sum.float())
+
+    def _loss(self, hidden: Tensor, model: CausalLM, batch: Batch) -> Tensor:
         """Sum of the token losses. ``hidden``: [s(/tp), b, h] on the last stage."""
         taught = self.divergence.needs_teacher
         assert not taught or (self.teacher is not None and batch.teacher_hidden is not None)
@@ -178,24 +192,23 @@ class DistillationStep:
             batch.teacher_hidden.flatten(0, 1) if taught and batch.teacher_hidden is not None else None,
             self.teacher.head_weight() if taught and self.teacher is not None else None,
             objective=self.divergence,
-            token_weights=flatten_tokens(batch.token_weights),
+            token_weights=flatten_tokens(batch.weights),
             labels=flatten_tokens(batch.labels),
             vocab_start=model.vocab_start,
-            group=self.context.tensor_group,
-            sequence_parallel=self.context.sizes.sequence,
+            group=self.ranks.tensor_group,
+            sequence_parallel=self.ranks.sizes.sequence,
             accumulate_into=model.head_main_grad(),
         )
         return loss
 
-    def _reduce(self, per_micro_batch: list[dict[str, Tensor]]) -> tuple[float, int]:
-        """Mean loss and number of tokens of the global batch, on every rank."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.context.device)
-        for entry in per_micro_batch:  # of the last stage
-            total += entry["loss"]
+    def _mean(self, losses: Sequence[Tensor]) -> float:
+        """Loss of the global batch per unit of token weight, on every rank; ``losses``: of the last stage."""
+        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        for loss in losses:
+            total += loss.double()
         if self.hidden is not None:
-            total[0] += self.hidden.value()
-        dist.all_reduce(total, group=self.context.data_group)
-        if self.context.sizes.pipeline > 1:
-            dist.all_reduce(total, group=self.context.pipeline_group)
-        loss, tokens = total.tolist()
-        return loss / max(tokens, 1.0), int(tokens)
+            total += self.hidden.value()
+        dist.all_reduce(total, group=self.ranks.data_group)
+        if self.ranks.sizes.pipeline > 1:
+            dist.all_reduce(total, group=self.ranks.pipeline_group)
+        return float(total / self._weight_sum) if self._weight_sum > 0 else float(total)

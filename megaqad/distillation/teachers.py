@@ -15,23 +15,22 @@ from contextlib import contextmanager
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megaqad.distillation.cache import HiddenCache
 from megaqad.distillation.forward import forward_hidden
-from megaqad.models.causal_lm import CausalLM
-from megaqad.models.modules import QuantizerParameter
-from megaqad.quantization.attention import QuantizedCausalAttention
-from megaqad.quantization.quantizers import QuantizerMode, Quantizers
-from megaqad.quantization.state import quantized_caches, quantized_linears
-from megaqad.runtime.parallel import ParallelContext
+from megaqad.models.model import Model, QuantizerParameter
+from megaqad.quantization.model import sites
+from megaqad.quantization.site import QuantizerMode
+from megaqad.runtime.ranks import Ranks
 
 
 class Teacher(Protocol):
     """A frozen model, seen from its end."""
 
-    chunks: Sequence[CausalLM]
-    """Its layers on this rank; empty where only hidden states are known."""
+    @property
+    def model(self) -> Model | None:
+        """Its layers; None where only hidden states are known."""
 
     def last_hidden(self, tokens: Sequence[Tensor]) -> list[Tensor]:
         """As ``forward_hidden``: tokens int64 [b, s] per microbatch -> [s(/tp), b, h] on the last stage, else []."""
@@ -43,15 +42,15 @@ class Teacher(Protocol):
 class LiveTeacher:
     """A model of its own, in the student's layout but with any number of layers and any width."""
 
-    def __init__(self, chunks: Sequence[CausalLM]) -> None:
-        """``chunks``: this rank's, frozen."""
-        self.chunks: Sequence[CausalLM] = list(chunks)
+    def __init__(self, model: Model) -> None:
+        """``model``: frozen."""
+        self.model = model
 
     def last_hidden(self, tokens: Sequence[Tensor]) -> list[Tensor]:
-        return forward_hidden(self.chunks, tokens)
+        return forward_hidden(self.model, tokens)
 
     def head_weight(self) -> Tensor:
-        return self.chunks[-1].head_weight().detach()
+        return self.model.last.head_weight().detach()
 
 
 class SelfTeacher:
@@ -60,80 +59,74 @@ class SelfTeacher:
     For the length of a pass the ``data`` of each trained parameter is exchanged for its original, then exchanged back.
     The contents stay where they are: nothing is copied, and whatever holds the storage of the trained values does not
     notice, be it Megatron-Core's contiguous parameter buffer, the distributed optimizer's views of it, or a checkpoint
-    on its way to disk. Quantized copies of weights survive too: they are made in ``refresh_weights`` only, and a layer
+    on its way to disk. Quantized copies of weights survive too: they are made when weights change only, and a layer
     whose quantizers are off does not look at its own.
     """
 
-    def __init__(self, student: Sequence[CausalLM], originals: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    def __init__(self, student: Model, originals: Sequence[tuple[Tensor, Tensor]]) -> None:
         """
         Args:
-            student: this rank's chunks, bare.
-            originals: every trained weight of these chunks with its value in the original model, in the parameter's
-                shape, dtype and sharding (``hf_reader.original_values``). Learned scales are not among them: they are
+            student: bare, not in DDP.
+            originals: every trained weight on this rank with its value in the original model, in the parameter's
+                shape, dtype and sharding (``load.original_values``). Learned scales are not among them: they are
                 not read when quantizers are off.
         """
-        self.chunks: Sequence[CausalLM] = list(student)
+        self.model = student
         self._originals = list(originals)
         self._head: Tensor | None = None
         kept = {id(parameter) for parameter, _ in self._originals}
-        for chunk in self.chunks:
+        for chunk in student.chunks:
             for name, parameter in chunk.named_parameters():
-                rests = not parameter.requires_grad or isinstance(parameter, QuantizerParameter)
-                assert rests or id(parameter) in kept, f"{name} is trained and would move the teacher with it"
+                frozen = not parameter.requires_grad or isinstance(parameter, QuantizerParameter)
+                assert frozen or id(parameter) in kept, f"{name} is trained and would move the teacher with it"
 
     def last_hidden(self, tokens: Sequence[Tensor]) -> list[Tensor]:
         with self._as_it_was():
-            return forward_hidden(self.chunks, tokens)
+            return forward_hidden(self.model, tokens)
 
     def head_weight(self) -> Tensor:
         if self._head is None:  # a view of storage that stays, so no exchange is needed in the student's pass
             with self._as_it_was():
-                self._head = self.chunks[-1].head_weight().detach()
+                self._head = self.model.last.head_weight().detach()
         return self._head
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
         """For the length of a ``with`` block the chunks are the original; then they are as before, whatever happens."""
-        quantizers: list[Quantizers | QuantizedCausalAttention] = [
-            *quantized_linears(self.chunks),
-            *quantized_caches(self.chunks),
-        ]
-        modes = [(one, one.mode) for one in quantizers]
+        modes = [(site, site.mode) for site in sites(self.model)]
         trained = [parameter.data for parameter, _ in self._originals]
         try:
             for parameter, original in self._originals:
                 parameter.data = original
-            for quantizer, _ in modes:
-                quantizer.mode = QuantizerMode.OFF
+            for site, _ in modes:
+                site.mode = QuantizerMode.OFF
             yield
         finally:
             for (parameter, _), values in zip(self._originals, trained, strict=True):
                 parameter.data = values
-            for quantizer, mode in modes:
-                quantizer.mode = mode
+            for site, mode in modes:
+                site.mode = mode
 
 
 class CachedTeacher:
     """Hidden states from a cache; what it lacks is computed once, by the teacher it was made for, and kept."""
 
-    chunks: Sequence[CausalLM] = ()
+    model = None
 
-    def __init__(
-        self, cache: HiddenCache, head: Tensor | None, make: Callable[[], Teacher], context: ParallelContext
-    ) -> None:
+    def __init__(self, cache: HiddenCache, head: Tensor | None, make: Callable[[], Teacher], ranks: Ranks) -> None:
         """
         Args:
             cache: of this teacher and these data.
             head: this rank's rows of the teacher's head on the last stage, None elsewhere.
             make: builds the live teacher; called on the first tokens that the cache lacks, and never if it lacks none.
         """
-        self._cache, self._head, self._make, self._context = cache, head, make, context
+        self._cache, self._head, self._make, self._ranks = cache, head, make, ranks
         self._live: Teacher | None = None
 
     @torch.no_grad()
     def last_hidden(self, tokens: Sequence[Tensor]) -> list[Tensor]:
         if self._cache.has_all(tokens):
-            return self._cache.read(tokens) if self._context.is_last_stage else []
+            return self._cache.read(tokens) if self._ranks.is_last_stage else []
         if self._live is None:
             self._live = self._make()
         hidden = self._live.last_hidden(tokens)

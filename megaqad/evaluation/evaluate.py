@@ -6,20 +6,21 @@ whatever the layout.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaqad.data import Batch, TokenDataset
-from megaqad.distillation.forward import flatten_tokens, forward_hidden
+from megaqad.data import TokenDataset
+from megaqad.data.batch import Batch, flatten_tokens
+from megaqad.distillation.forward import forward_hidden
 from megaqad.distillation.teachers import LiveTeacher, Teacher
 from megaqad.errors import UserError
 from megaqad.losses import compare_heads
 from megaqad.models.causal_lm import CausalLM
-from megaqad.runtime.parallel import ParallelContext
+from megaqad.models.model import Model
 
 BATCHES_AT_ONCE = 8
 """Microbatches whose hidden states are held together; enough to fill a pipeline."""
@@ -45,22 +46,22 @@ class Evaluator:
         self,
         teacher: Teacher,
         data: TokenDataset,
-        context: ParallelContext,
         *,
         max_tokens: int,
         micro_batch_size: int,
     ) -> None:
         """
         Args:
-            teacher: with chunks: one that keeps its hidden states of other tokens is of no use.
+            teacher: with a model: one that keeps its hidden states of other tokens is of no use.
             max_tokens: held-out tokens to use; fewer when the data has fewer.
         """
-        self._teacher = teacher
-        self._context = context
-        self._batches = data.evaluation_batches(micro_batch_size, context.data_rank, context.data_size, max_tokens)
+        assert teacher.model is not None, "evaluation runs the teacher on held-out tokens"
+        self._teacher, self._original = teacher, teacher.model
+        self._ranks = ranks = teacher.model.ranks
+        self._batches = data.evaluation_batches(micro_batch_size, ranks.data_rank, ranks.data_size, max_tokens)
         tokens = sum(batch.tokens.numel() for batch in self._batches)
-        config = teacher.chunks[0].config
-        self._keeps = tokens * config.hidden_size * config.params_dtype.itemsize <= KEPT_BYTES_MOST
+        per_token = teacher.model.architecture.hidden_size * teacher.model.dtype.itemsize
+        self._keeps = tokens * per_token <= KEPT_BYTES_MOST
         self._kept: dict[int, list[Tensor]] = {}
 
     @property
@@ -69,12 +70,12 @@ class Evaluator:
         return -(-len(self._batches) // BATCHES_AT_ONCE)
 
     @torch.no_grad()
-    def evaluate(self, student: Sequence[CausalLM], advance: Callable[[], None] = lambda: None) -> Evaluation:
+    def evaluate(self, student: Model, advance: Callable[[], None] = lambda: None) -> Evaluation:
         """The same ``Evaluation`` on every rank.
 
         Args:
-            student: this rank's chunks, in the teacher's layout. The chunks of a ``LiveTeacher`` give the column of the
-                original; the teacher must not have changed since the first call.
+            student: in the teacher's layout. The model of a ``LiveTeacher`` gives the column of the original; the
+                teacher must not have changed since the first call.
             advance: called after every group of batches.
 
         Collectives: a forward pass of the student and, the first time, of the teacher, those of ``compare_heads``, one
@@ -83,20 +84,20 @@ class Evaluator:
         Raises:
             UserError: the teacher's cross entropy is NaN or Inf, on every rank.
         """
-        sums = torch.zeros(5, dtype=torch.float64, device=self._context.device)
+        sums = torch.zeros(5, dtype=torch.float64, device=self._ranks.device)
         for first in range(0, len(self._batches), BATCHES_AT_ONCE):
             batches = self._batches[first : first + BATCHES_AT_ONCE]
-            tokens = [batch.tokens.to(self._context.device) for batch in batches]
+            tokens = [batch.tokens.to(self._ranks.device) for batch in batches]
             teacher_hidden = self._teacher_hidden(first, tokens)
-            is_teacher = isinstance(self._teacher, LiveTeacher) and student[0] is self._teacher.chunks[0]
+            is_teacher = isinstance(self._teacher, LiveTeacher) and student is self._original
             student_hidden = teacher_hidden if is_teacher else forward_hidden(student, tokens)
             for batch, ours, theirs in zip(batches, student_hidden, teacher_hidden, strict=False):
-                sums += self._sums(batch, student[-1], ours, theirs)
+                sums += self._sums(batch, student.last, ours, theirs)
             advance()
-        if self._context.is_last_stage:
-            dist.all_reduce(sums, group=self._context.data_group)
-        if self._context.sizes.pipeline > 1:
-            dist.broadcast(sums, self._context.last_stage_rank, group=self._context.pipeline_group)
+        if self._ranks.is_last_stage:
+            dist.all_reduce(sums, group=self._ranks.data_group)
+        if self._ranks.sizes.pipeline > 1:
+            dist.broadcast(sums, self._ranks.last_stage_rank, group=self._ranks.pipeline_group)
         kl, student_ce, teacher_ce, agreement, tokens_seen = sums.tolist()
         if not math.isfinite(teacher_ce):
             raise UserError(
@@ -122,17 +123,17 @@ class Evaluator:
 
     def _sums(self, batch: Batch, student: CausalLM, student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
         """float64 [5]: KL, student and teacher cross entropy, agreements, tokens of one microbatch."""
-        weights = flatten_tokens(batch.loss_mask.to(self._context.device))
+        weights = flatten_tokens(batch.weights.to(self._ranks.device))
         metrics = compare_heads(
             student_hidden.flatten(0, 1),
             student.head_weight(),
             teacher_hidden.flatten(0, 1),
             self._teacher.head_weight(),
-            flatten_tokens(batch.labels.to(self._context.device)),
+            flatten_tokens(batch.labels.to(self._ranks.device)),
             token_weights=weights,
             vocab_start=student.vocab_start,
-            group=self._context.tensor_group,
-            sequence_parallel=self._context.sizes.sequence,
+            group=self._ranks.tensor_group,
+            sequence_parallel=self._ranks.sizes.sequence,
         )
         counted = (
             metrics.kl,

@@ -28,10 +28,9 @@ from typing import Any
 from torch import Tensor
 
 from megaqad.export.layout import bf16_config, groups_of
-from megaqad.models.description import ModelDescription
-from megaqad.models.rows import linear_modules
+from megaqad.models.architecture import Architecture
 from megaqad.quantization.formats import LinearFormat, cache_number
-from megaqad.quantization.recipe import HEAD
+from megaqad.quantization.plan import QuantizationPlan
 
 VERSION = "0.20.0"
 """The release of the library that the files were compared with; readers are told."""
@@ -79,16 +78,14 @@ def cache_scale_names(kv_cache: str, key: str, value: str) -> list[str]:
     return [f"{module.rpartition('.')[0]}.{kind}_scale" for module, kind in ((key, "k"), (value, "v"))]
 
 
-def config_files(
-    description: ModelDescription, formats: Mapping[str, LinearFormat], kv_cache: str
-) -> dict[str, dict[str, Any]]:
+def config_files(architecture: Architecture, plan: QuantizationPlan) -> dict[str, dict[str, Any]]:
     """config.json with its ``quantization_config``."""
-    config = bf16_config(description)
+    config, formats = bf16_config(architecture), plan.formats
     if not formats:
         return {"config.json": config}
     groups = groups_of({name: _scheme(chosen) for name, chosen in formats.items()})
     used = {scheme["format"] for scheme, _ in groups}
-    by_name = len(groups) > 1 or HEAD in formats
+    by_name = len(groups) > 1 or architecture.head in formats
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "format": used.pop() if len(used) == 1 else MIXED,
@@ -97,8 +94,8 @@ def config_files(
             f"group_{index}": {"targets": names if by_name else ["Linear"], **scheme}
             for index, (scheme, names) in enumerate(groups)
         },
-        "ignore": [name for name in [*linear_modules(description), HEAD] if name not in formats],
-        "kv_cache_scheme": None if cache_number(kv_cache) is None else _tensor(SCHEMES["fp8"], False),
+        "ignore": [*plan.unquantized, *architecture.router_modules],
+        "kv_cache_scheme": None if cache_number(plan.kv_cache) is None else _tensor(SCHEMES["fp8"], False),
         "version": VERSION,
     }
     return {"config.json": config}

@@ -5,9 +5,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from megaqad.models.description import ModelDescription
-from megaqad.quantization.formats import LinearFormat
+from megaqad.models.architecture import Architecture
 from megaqad.quantization.numbers import EXPORT_DTYPE
+from megaqad.quantization.plan import QuantizationPlan
 
 
 class CheckpointLayout(Protocol):
@@ -27,16 +27,14 @@ class CheckpointLayout(Protocol):
         where readers take a scale of 1. ``kv_cache``: a member of ``formats.KV_CACHE``."""
         ...
 
-    def config_files(
-        self, description: ModelDescription, formats: Mapping[str, LinearFormat], kv_cache: str
-    ) -> dict[str, dict[str, Any]]:
-        """Content of the JSON files by name. ``formats``: of the quantized modules, in model order."""
+    def config_files(self, architecture: Architecture, plan: QuantizationPlan) -> dict[str, dict[str, Any]]:
+        """Content of the JSON files by name."""
         ...
 
 
-def bf16_config(description: ModelDescription) -> dict[str, Any]:
+def bf16_config(architecture: Architecture) -> dict[str, Any]:
     """The original config.json, for weights in BF16."""
-    config = {**description.config, "dtype": str(EXPORT_DTYPE).removeprefix("torch.")}
+    config = {**architecture.config, "dtype": str(EXPORT_DTYPE).removeprefix("torch.")}
     config.pop("torch_dtype", None)
     return config
 

@@ -5,7 +5,7 @@ shows against it. ``megaqad_manifest.json`` lies beside the weights; engines ign
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,15 @@ class Manifest:
             self._tensors[name] = tensor_digest(tensor)
             yield name, tensor
 
-    def content(self, files: Iterable[Path]) -> dict[str, Any]:
-        """What ``megaqad_manifest.json`` holds: the tensors seen, and checksums of the small ``files``."""
+    def content(self, files: Sequence[Path]) -> dict[str, Any]:
+        """What ``megaqad_manifest.json`` holds: the tensors seen, the names of the ``files`` that hold them, and
+        checksums of the other, small ones."""
+        weights = [path.name for path in files if path.suffix == ".safetensors"]
+        small = [path for path in files if path.is_file() and path.name not in weights]
+        folders = [path.name for path in files if path.is_dir()]
         return {
             "producer": {"name": "megaqad", "version": megaqad.__version__},
             "tensors": self._tensors,
-            "files": {path.name: file_digest(path) for path in files},
+            "weights": [*weights, *folders],
+            "files": {path.name: file_digest(path) for path in small},
         }

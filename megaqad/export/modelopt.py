@@ -26,10 +26,9 @@ from typing import Any
 from torch import Tensor
 
 from megaqad.export.layout import bf16_config, groups_of
-from megaqad.models.description import ModelDescription
-from megaqad.models.rows import linear_modules
+from megaqad.models.architecture import Architecture
 from megaqad.quantization.formats import LinearFormat, cache_number, calibrates_cache
-from megaqad.quantization.recipe import HEAD
+from megaqad.quantization.plan import QuantizationPlan
 
 KV_SCHEMES: dict[str, Any] = {"fp8": {"dynamic": False, "num_bits": 8, "type": "float"}, "nvfp4": "NVFP4"}
 """ModelOpt's ``kv_cache_scheme``."""
@@ -54,25 +53,23 @@ def cache_scale_names(kv_cache: str, key: str, value: str) -> list[str]:
     return [f"{key}.k_scale", f"{value}.v_scale"] if calibrates_cache(kv_cache) else []
 
 
-def config_files(
-    description: ModelDescription, formats: Mapping[str, LinearFormat], kv_cache: str
-) -> dict[str, dict[str, Any]]:
+def config_files(architecture: Architecture, plan: QuantizationPlan) -> dict[str, dict[str, Any]]:
     """config.json with its ``quantization_config``, and hf_quant_config.json; the same facts in both.
 
     One format for all quantized modules is said once, with the list of what is excluded; several are said module by
     module (``MIXED_PRECISION``). ``exclude_modules`` holds full module names: engines also match substrings, under
     which ``layers.1`` would mean ``layers.10`` too.
     """
-    config = bf16_config(description)
+    config, formats = bf16_config(architecture), plan.formats
     if not formats:
         return {"config.json": config}
     scheme = {"activation_scheme": DYNAMIC} if any(chosen.dynamic for chosen in formats.values()) else {}
-    excluded = [name for name in [*linear_modules(description), HEAD] if name not in formats]
-    layers = {name: _algorithm(formats[name]) for name in [*linear_modules(description), HEAD] if name in formats}
+    excluded = [*plan.unquantized, *architecture.router_modules]
+    layers = {name: _algorithm(chosen) for name, chosen in formats.items()}
     groups = groups_of(layers)
     details: dict[str, Any]
     if len(groups) == 1:
-        details = {**groups[0][0], "exclude_modules": [*excluded, "model.embed_tokens"]}
+        details = {**groups[0][0], "exclude_modules": [*excluded, architecture.embedding]}
         targets = [["Linear"]]
     else:
         details = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
@@ -93,7 +90,7 @@ def config_files(
     }
     if "quantized_layers" in details:
         config["quantization_config"]["quantized_layers"] = layers
-    number = cache_number(kv_cache)
+    number = cache_number(plan.kv_cache)
     if number is not None:
         config["quantization_config"]["kv_cache_scheme"] = KV_SCHEMES[number]
     kv_algorithm = None if number is None else number.upper()

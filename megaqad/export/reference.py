@@ -13,13 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaqad.models.build import copy_model
-from megaqad.models.causal_lm import CausalLM
-from megaqad.models.description import ModelDescription
-from megaqad.quantization.layers import QuantizerMode
-from megaqad.quantization.recipe import Recipe
-from megaqad.quantization.state import cache_amaxes, input_amaxes, modules_for, refresh_weights, set_mode
-from megaqad.runtime.parallel import ParallelContext
+from megaqad.models.model import Model
+from megaqad.quantization.model import cache_amaxes, copy_quantized, input_amaxes
+from megaqad.quantization.plan import QuantizationPlan
 
 
 @dataclass(frozen=True)
@@ -37,27 +33,25 @@ class StudentReference:
 
 
 def student_reference(
-    student: list[CausalLM],
-    description: ModelDescription,
-    context: ParallelContext,
-    recipe: Recipe,
-    logits_of: Callable[[list[CausalLM]], Tensor | None],
+    student: Model,
+    plan: QuantizationPlan,
+    logits_of: Callable[[Model], Tensor | None],
 ) -> StudentReference | None:
     """What ``verify`` compares an export of ``student`` with; on the main rank, None on the others.
 
     Args:
-        student: this rank's chunks, quantized by ``recipe``, in any dtype.
+        student: quantized by ``plan``, in any dtype.
         logits_of: runs a model on the tokens to compare; FP32 logits [b, s, V] on the main rank.
 
-    Memory: one FP32 copy of the weights at a time. Collectives: those of ``build_model``, ``refresh_weights`` and
-    ``logits_of``, and one object gather over the pipeline.
+    Memory: one FP32 copy of the weights at a time. Collectives: those of ``build_model``, ``refresh`` and
+    ``logits_of``, and one object gather over all ranks.
     """
-    logits = logits_of(float32_student(student, description, context, recipe))
+    logits = logits_of(copy_quantized(student, plan, dtype=torch.float32))
     weight_only: Tensor | None = None
-    amaxes: list[tuple[dict[str, float], dict[str, float]]] = [({}, {})] * context.sizes.pipeline
-    if not recipe.is_smooth:
-        weight_only = logits_of(float32_student(student, description, context, recipe.weights_alone()))
-        dist.all_gather_object(amaxes, (input_amaxes(student), cache_amaxes(student)), group=context.pipeline_group)
+    amaxes: list[tuple[dict[str, float], dict[str, float]]] = [({}, {})] * student.ranks.world_size
+    if not plan.is_smooth:
+        weight_only = logits_of(copy_quantized(student, plan.weights_alone(), dtype=torch.float32))
+        dist.all_gather_object(amaxes, (input_amaxes(student), cache_amaxes(student)))
     if logits is None:
         return None
     return StudentReference(
@@ -66,17 +60,3 @@ def student_reference(
         input_amax={name: amax for inputs, _ in amaxes for name, amax in inputs.items()},
         cache_amax={name: amax for _, caches in amaxes for name, amax in caches.items()},
     )
-
-
-def float32_student(
-    student: list[CausalLM], description: ModelDescription, context: ParallelContext, recipe: Recipe
-) -> list[CausalLM]:
-    """A copy of ``student`` that computes in FP32 and quantizes as ``recipe`` says; forward only.
-
-    ``recipe`` must choose the same modules as the student's own; it may leave activations alone.
-    """
-    modules = modules_for(recipe, description, backend="emulated")
-    copies = copy_model(student, description, context, dtype=torch.float32, **modules)
-    refresh_weights(copies, context)
-    set_mode(copies, QuantizerMode.ON)
-    return copies

@@ -1,77 +1,52 @@
-"""From a description to Megatron-Core chunks: configuration, layer specs, one ``CausalLM`` per virtual stage.
+"""From a description to a model: Megatron-Core's configuration, and one ``CausalLM`` per virtual stage.
 
-Read top to bottom: ``transformer_config`` says how the model computes and is divided, ``layer_spec`` what a layer is
-made of, ``build_model`` puts the layers of this rank together. Weights are not initialised unless asked for, because
-``hf_reader.load_weights`` overwrites every one of them.
+Read top to bottom: ``transformer_config`` says how the model computes and is divided, ``build_model`` puts the layers
+of this rank together. Weights are not initialised unless asked for, because ``load.load_weights`` overwrites every one.
 """
 
 from collections.abc import Callable
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    set_tensor_model_parallel_attributes,
-)
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    TransformerLayerSubmodules,
-    get_transformer_layer_offset,
-)
 
-from megaqad.models.causal_lm import CausalLM
-from megaqad.models.description import ModelDescription
-from megaqad.models.modules import CausalAttention, RMSNorm
-from megaqad.models.rows import LinearSite, linear_sites
-from megaqad.models.sharding import local_parameters
-from megaqad.runtime.parallel import ParallelContext, ParallelSizes
+from megaqad.models.architecture import Architecture
+from megaqad.models.blocks.block import Builder, Choices, PlainChoices
+from megaqad.models.causal_lm import CausalLM, Head
+from megaqad.models.model import Model
+from megaqad.models.stages import chunk_layers
+from megaqad.runtime.ranks import Ranks
+from megaqad.runtime.sizes import ParallelSizes
 
-LinearChoice = Callable[[LinearSite], type | ModuleSpec]
-"""Picks the module of one linear layer; it is built with the arguments of Megatron's parallel linear layers."""
+HeadChoice = Callable[[CausalLM], Head | None]
 
 
 def transformer_config(
-    description: ModelDescription,
+    architecture: Architecture,
     sizes: ParallelSizes,
     *,
     dtype: torch.dtype,
     recompute: bool = False,
     initialize: bool = False,
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of the model.
+    """What Megatron-Core's parallel layers, schedules, DDP and optimizer must know; the blocks know their own sizes.
 
     Args:
-        description: the architecture.
+        architecture: the model.
         sizes: how it is divided.
         dtype: of parameters and activations, bfloat16 or float32.
         recompute: keep only each layer's input for backward and run the layer again there.
         initialize: draw random weights (Gaussian, the ``initializer_range`` of config.json); otherwise they hold
             whatever the memory held, until they are loaded.
     """
-    fused = torch.cuda.is_available()  # the fusions are torch.compile'd: worth it on a GPU, slow to start on a CPU
-    std = float(description.config.get("initializer_range", 0.02))
+    head_norms = (block.query_norm for block in architecture.attentions)
     return TransformerConfig(
-        num_layers=description.num_layers,
-        hidden_size=description.hidden_size,
-        ffn_hidden_size=description.ffn_hidden_size,
-        num_attention_heads=description.num_heads,
-        num_query_groups=description.num_kv_heads,
-        kv_channels=description.head_dim,
-        activation_func=torch.nn.functional.silu,
-        gated_linear_unit=True,
-        normalization="RMSNorm",
-        layernorm_epsilon=description.norm_eps,
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        num_attention_heads=sizes.tensor,  # asked to divide by the ranks; attention has its own
         add_bias_linear=False,
-        add_qkv_bias=description.qkv_bias,
-        qk_layernorm=description.qk_norm,
+        # Gradients of the norms of single heads are summed over the tensor-parallel ranks, which hold different heads.
+        qk_layernorm=any(norm is not None and norm.cut.dim is None for norm in head_norms),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bf16=dtype is torch.bfloat16,
@@ -87,160 +62,107 @@ def transformer_config(
         batch_p2p_comm=sizes.virtual_pipeline == 1,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=fused,
-        bias_dropout_fusion=fused,
         # Freed while the send is in flight: safe with a GPU's stream-ordered allocator, corrupt data with gloo.
         deallocate_pipeline_outputs=torch.cuda.is_available(),
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
         perform_initialization=initialize,
-        init_method_std=std,
+        init_method_std=architecture.initializer_range,
         transformer_impl="local",
     )
 
 
-def megatron_linear(site: LinearSite) -> type:
-    """The plain choice for every site."""
-    return ColumnParallelLinear if site.parallel == "column" else RowParallelLinear
-
-
-def layer_spec(
-    description: ModelDescription,
-    layer: int,
-    linear_for: LinearChoice,
-    attention_core: type | ModuleSpec = CausalAttention,
-) -> ModuleSpec:
-    """What layer ``layer`` (global index) is made of."""
-    linear = {role: linear_for(site) for role, site in linear_sites(description, layer).items()}
-    head_norm = RMSNorm if description.qk_norm else IdentityOp
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=linear["qkv"],
-            core_attention=attention_core,
-            linear_proj=linear["proj"],
-            q_layernorm=head_norm,
-            k_layernorm=head_norm,
-        ),
-    )
-    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=linear["fc1"], linear_fc2=linear["fc2"]))
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
-
-
-def chunk_layers(config: TransformerConfig, pipeline_rank: int, vp_stage: int | None) -> range:
-    """Global indices of the layers in one chunk."""
-    first = get_transformer_layer_offset(config, vp_stage, pipeline_rank)
-    return range(first, first + get_num_layers_to_build(config, vp_stage, pipeline_rank))
-
-
 def build_model(
-    description: ModelDescription,
-    config: TransformerConfig,
-    context: ParallelContext,
+    architecture: Architecture,
+    ranks: Ranks,
     *,
-    linear_for: LinearChoice | None = None,
-    attention_core: type | ModuleSpec = CausalAttention,
-    prepare: Callable[[CausalLM], None] = lambda chunk: None,
-) -> list[CausalLM]:
-    """This rank's chunks, in the order of the virtual stages; one when the pipeline is not interleaved.
+    dtype: torch.dtype,
+    choices: Choices | None = None,
+    head: HeadChoice = lambda chunk: None,
+    recompute: bool = False,
+    initialize: bool = False,
+) -> Model:
+    """The part of the model that this rank holds.
 
     Args:
-        description: the architecture.
-        config: from ``transformer_config``.
-        context: this rank's place and groups.
-        linear_for: the module for each linear layer, Megatron's own by default.
-        attention_core: softmax attention itself, between the projections.
-        prepare: called with every chunk once it stands, to add what a recipe wants.
+        architecture: the model.
+        ranks: this rank's place and groups.
+        dtype, recompute, initialize: as in ``transformer_config``.
+        choices: the modules where a recipe may quantize; Megatron's own by default.
+        head: what rounds the head of the chunk that has it, if anything does.
 
     Collectives: with tied embeddings and more than one stage, one all-reduce over the embedding group (Megatron's
     way of starting both copies equal).
     """
-    virtual = context.sizes.virtual_pipeline
+    config = transformer_config(architecture, ranks.sizes, dtype=dtype, recompute=recompute, initialize=initialize)
+    builder = Builder(config, ranks, choices or PlainChoices())
+    virtual = ranks.sizes.virtual_pipeline
     chunks = []
     for stage in range(virtual):
-        vp_stage = stage if virtual > 1 else None
-        layers = TransformerBlockSubmodules(
-            layer_specs=[
-                layer_spec(description, layer, linear_for or megatron_linear, attention_core)
-                for layer in chunk_layers(config, context.pipeline_rank, vp_stage)
-            ],
-            layer_norm=RMSNorm,
-        )
         chunk = CausalLM(
-            config,
-            layers,
-            description,
-            groups=context.groups,
-            pre_process=context.is_first_stage and stage == 0,
-            post_process=context.is_last_stage and stage == virtual - 1,
-            vp_stage=vp_stage,
+            architecture,
+            chunk_layers(architecture.num_layers, ranks.sizes, ranks.pipeline_rank, stage),
+            builder,
+            pre_process=ranks.is_first_stage and stage == 0,
+            post_process=ranks.is_last_stage and stage == virtual - 1,
+            vp_stage=stage if virtual > 1 else None,
         )
-        _mark_shards(chunk, description)
-        prepare(chunk)
+        if chunk.post_process:
+            chunk.head_quantizer = head(chunk)
         chunks.append(chunk)
-    return chunks
+    model = Model(architecture, chunks, ranks)
+    _mark_shards(model)
+    _zero_padding(model)
+    return model
 
 
-def _mark_shards(chunk: CausalLM, description: ModelDescription) -> None:
+def _mark_shards(model: Model) -> None:
     """Tell Megatron which parameters are shards, not copies.
 
     Its gradient norm counts a copy on the first tensor-parallel rank only. Megatron marks weights while it initialises
     them; without initialisation the shards of the other ranks would be missing from the norm, and clipping off.
     """
-    for placed, parameter in local_parameters(chunk, description):
-        if placed.row.shard.dim is not None and "tensor_model_parallel" not in vars(parameter):
-            set_tensor_model_parallel_attributes(parameter, True, placed.row.shard.dim, 1)
+    for held in model.held:
+        dim = held.weight.parts[0].cut.dim
+        if dim is not None and "tensor_model_parallel" not in vars(held.parameter):
+            stacked = int(held.weight.expert is not None)
+            set_tensor_model_parallel_attributes(held.parameter, True, dim + stacked, 1)
+
+
+@torch.no_grad()
+def _zero_padding(model: Model) -> None:
+    """Rows that only fill up the vocabulary are in no file and get no gradient; zero, and never what memory held."""
+    tensor, rank = model.ranks.sizes.tensor, model.ranks.tensor_rank
+    for held in model.held:
+        part = held.weight.parts[0]
+        if part.cut.padded:
+            start, stop = part.cut.span(part.size[0], rank, tensor)
+            held.data[stop - start :].zero_()
 
 
 @torch.no_grad()
 def copy_model(
-    chunks: list[CausalLM],
-    description: ModelDescription,
-    context: ParallelContext,
-    *,
-    dtype: torch.dtype,
-    linear_for: LinearChoice | None = None,
-    attention_core: type | ModuleSpec = CausalAttention,
-    prepare: Callable[[CausalLM], None] = lambda chunk: None,
-) -> list[CausalLM]:
+    model: Model, *, dtype: torch.dtype, choices: Choices | None = None, head: HeadChoice = lambda chunk: None
+) -> Model:
     """The same weights in a model that computes in ``dtype``, for forward passes only.
 
-    A BF16 student rounds every activation, and NVFP4 turns a last-bit difference into another code; whoever compares
-    it with FP32 logits compares the rounding. Its FP32 copy computes the same function without it.
+    A BF16 student rounds every activation, and NVFP4 turns a last-bit difference into another code; comparing it with
+    FP32 logits would compare the rounding. Its FP32 copy computes the same function without it.
 
     Args:
-        chunks: this rank's chunks, in any dtype.
-        context: the layout they were built for.
+        model: in any dtype.
         dtype: of the copy's parameters and activations.
-        linear_for, attention_core, prepare: as in ``build_model``; must give the same parameters and buffers.
+        choices, head: as in ``build_model``; must give the same parameters and buffers.
 
     Collectives: those of ``build_model``.
     """
-    copies = build_model(
-        description,
-        transformer_config(description, context.sizes, dtype=dtype),
-        context,
-        linear_for=linear_for,
-        attention_core=attention_core,
-        prepare=prepare,
-    )
-    for chunk, copy in zip(chunks, copies, strict=True):
+    copied = build_model(model.architecture, model.ranks, dtype=dtype, choices=choices, head=head)
+    for chunk, copy in zip(model.chunks, copied.chunks, strict=True):
         sources = {**dict(chunk.named_parameters()), **dict(chunk.named_buffers())}
         targets = {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
         assert sources.keys() == targets.keys(), f"{sorted(sources.keys() ^ targets.keys())} differ between the models"
         for name, target in targets.items():
             target.copy_(sources[name])
             target.requires_grad_(False)
-    return copies
+    return copied

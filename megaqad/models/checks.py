@@ -1,52 +1,62 @@
 """Everything about a checkpoint and its division that can be refused before any weight is read.
 
 ``check_checkpoint`` compares the files with config.json, ``check_layout`` the model with the parallel sizes,
-``check_sequence_length`` the run's sequences with the model's window. Each raises ``UserError`` with one line that
-names the value, the limit and the way out. No torch here.
+``check_sequence_length`` the run's sequences with the model's positions. Each raises ``UserError`` with one line that
+names the value, the limit and the way out.
 """
 
 import json
+import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megaqad.errors import UserError
+from megaqad.models.architecture import Architecture
 from megaqad.models.checkpoint_files import TensorEntry, read_headers
-from megaqad.models.description import ModelDescription
-from megaqad.models.rows import hf_tensors
-
-if TYPE_CHECKING:
-    from megaqad.runtime.parallel import ParallelSizes
+from megaqad.runtime.sizes import ParallelSizes
 
 READABLE_DTYPES = ("BF16", "F16", "F32")
+RECOMPUTED = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+"""Endings of tensors that old checkpoints carry and every reader computes again."""
 
 
-def check_checkpoint(description: ModelDescription, model_dir: Path) -> None:
-    """Compare the files in ``model_dir`` with what ``description`` says must be there, headers only.
+def check_checkpoint(architecture: Architecture, model_dir: Path) -> None:
+    """Compare the files in ``model_dir`` with what ``architecture`` says must be there, headers only.
 
     Raises:
         UserError: missing or extra tensors, a wrong shape or vocabulary size, an unreadable dtype or a truncated
             file.
     """
     found = read_headers(Path(model_dir))
-    expected = hf_tensors(description)
-    ignored = description.table.ignored_suffixes
-    extra = [name for name in found if name not in expected and not name.endswith(ignored)]
-    if description.tied_embeddings and "lm_head.weight" in extra:
-        _check_redundant_head(found, model_dir)
-        extra.remove("lm_head.weight")
-    missing = [name for name in expected if name not in found]
+    missing = [name for name in architecture.tensors if name not in found]
+    head = f"{architecture.head}.weight"
+    if architecture.tied_embeddings and head in found:
+        _check_redundant_head(found[head], found.get(f"{architecture.embedding}.weight"), model_dir)
     if missing:
-        hint = (
-            "; set tie_word_embeddings=true if the head shares the embedding" if missing == ["lm_head.weight"] else ""
-        )
+        hint = "; set tie_word_embeddings=true if the head shares the embedding" if missing == [head] else ""
         raise UserError(f"{model_dir} lacks {_some(missing)}; complete the checkpoint or correct config.json{hint}")
-    if extra:
+    belonging = [name for name in unused_tensors(architecture, found) if _belongs(architecture, name)]
+    if belonging:
         raise UserError(
-            f"{model_dir} holds {_some(extra)} that {description.table.architecture} does not know; "
+            f"{model_dir} holds {_some(belonging)} that {architecture.family} does not know; "
             "choose the checkpoint that config.json describes"
         )
-    for name, shape in expected.items():
-        _check_tensor(description, found[name], name, shape)
+    for name, shape in architecture.tensors.items():
+        _check_tensor(architecture, found[name], name, shape)
+
+
+def unused_tensors(architecture: Architecture, found: Collection[str]) -> list[str]:
+    """Tensors of a checkpoint that this model does not compute with: heads for several tokens, vision towers."""
+    known = {*architecture.tensors, f"{architecture.head}.weight"}
+    return [name for name in found if name not in known and not name.endswith(RECOMPUTED)]
+
+
+def _belongs(architecture: Architecture, name: str) -> bool:
+    """Whether an unknown tensor is of a module, or of the layers, that are computed here: it would change them."""
+    modules = {known.rpartition(".")[0] for known in architecture.tensors}
+    numbered = (re.match(r"(.*?\.)\d+\.", known) for known in architecture.tensors)
+    layers = {match[1] for match in numbered if match is not None}
+    return name.rpartition(".")[0] in modules or name.startswith(tuple(layers))
 
 
 def _some(names: list[str], show: int = 3) -> str:
@@ -55,12 +65,12 @@ def _some(names: list[str], show: int = 3) -> str:
     return ", ".join(names[:show]) + rest
 
 
-def _check_tensor(description: ModelDescription, entry: TensorEntry, name: str, shape: tuple[int, ...]) -> None:
+def _check_tensor(architecture: Architecture, entry: TensorEntry, name: str, shape: tuple[int, ...]) -> None:
     if entry.shape != shape:
-        if shape[0] == description.vocab_size and entry.shape[1:] == shape[1:]:
+        if shape[0] == architecture.vocab_size and entry.shape[1:] == shape[1:]:
             raise UserError(
                 f"{entry.file}: {name} has {entry.shape[0]} rows but config.json says "
-                f"vocab_size={description.vocab_size}; correct vocab_size or take the matching weights"
+                f"vocab_size={architecture.vocab_size}; correct vocab_size or take the matching weights"
             )
         raise UserError(
             f"{entry.file}: {name} has shape {list(entry.shape)}, config.json asks for {list(shape)}; "
@@ -73,9 +83,8 @@ def _check_tensor(description: ModelDescription, entry: TensorEntry, name: str, 
         )
 
 
-def _check_redundant_head(found: dict[str, TensorEntry], model_dir: Path) -> None:
+def _check_redundant_head(head: TensorEntry, embedding: TensorEntry | None, model_dir: Path) -> None:
     """A tied checkpoint may repeat the embedding as lm_head.weight; another head would be dropped silently."""
-    head, embedding = found["lm_head.weight"], found.get("model.embed_tokens.weight")
     same = embedding is not None and (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
     if same and embedding is not None:
         with head.file.open("rb") as left, embedding.file.open("rb") as right:
@@ -93,77 +102,46 @@ def _check_redundant_head(found: dict[str, TensorEntry], model_dir: Path) -> Non
         )
 
 
-def check_layout(description: ModelDescription, sizes: "ParallelSizes") -> None:
+def check_layout(architecture: Architecture, sizes: ParallelSizes) -> None:
     """Whether the model can be divided by ``sizes``.
 
     Raises:
-        UserError: heads, feed-forward size or layers that do not divide, or an interleaved pipeline of one stage.
+        UserError: a block that cannot be divided so, fewer layers than chunks, or an interleaved pipeline of one stage.
     """
-    tensor = sizes.tensor
-    for name, value in (
-        ("num_key_value_heads", description.num_kv_heads),
-        ("num_attention_heads", description.num_heads),
-        ("hidden_size", description.hidden_size),
-        ("intermediate_size", description.ffn_hidden_size),
-    ):
-        if value % tensor:
-            raise UserError(
-                f"parallel.tensor={tensor} does not divide {name}={value}; choose one of {_divisors(description)}"
-            )
-    _check_pipeline(description, sizes)
-
-
-def _divisors(description: ModelDescription) -> str:
-    """The tensor-parallel sizes that fit the model."""
-    fitting = [
-        str(size)
-        for size in range(1, description.num_kv_heads + 1)
-        if description.num_kv_heads % size == 0
-        and description.hidden_size % size == 0
-        and description.num_heads % size == 0
-        and description.ffn_hidden_size % size == 0
-    ]
-    return ", ".join(fitting) or "none (the model cannot be divided)"
-
-
-def _check_pipeline(description: ModelDescription, sizes: "ParallelSizes") -> None:
-    layers, stages, virtual = description.num_layers, sizes.pipeline, sizes.virtual_pipeline
-    if layers % stages:
-        fitting = [str(size) for size in range(1, layers + 1) if layers % size == 0]
+    tensor, stages, virtual = sizes.tensor, sizes.pipeline, sizes.virtual_pipeline
+    if architecture.hidden_size % tensor:
         raise UserError(
-            f"parallel.pipeline={stages} does not divide {layers} layers; choose one of {', '.join(fitting)}"
+            f"parallel.tensor={tensor} does not divide hidden_size={architecture.hidden_size}; choose a divisor"
         )
+    for branch in (branch for layer in architecture.layers for branch in layer.branches):
+        problem = branch.block.refuse(sizes)
+        if problem is not None:
+            raise UserError(problem)
     if virtual > 1 and stages == 1:
         raise UserError(
             f"parallel.virtual_pipeline={virtual} needs more than one pipeline stage; set parallel.pipeline=2 or more, "
             "or parallel.virtual_pipeline=1"
         )
-    per_stage = layers // stages
-    if per_stage % virtual:
-        fitting = [str(size) for size in range(1, per_stage + 1) if per_stage % size == 0]
+    if stages * virtual > architecture.num_layers:
+        asked = f"parallel.pipeline={stages}" + (f" x parallel.virtual_pipeline={virtual}" if virtual > 1 else "")
+        raise UserError(f"{asked} is more than the model's {architecture.num_layers} layers; choose fewer stages")
+    if sizes.expert > 1 and not any(weight.expert is not None for weight in architecture.weights):
         raise UserError(
-            f"parallel.virtual_pipeline={virtual} does not divide the {per_stage} layers of a stage "
-            f"({layers} layers / {stages} stages); choose one of {', '.join(fitting)}"
+            f"parallel.expert={sizes.expert} divides experts, and {architecture.family} has none; set parallel.expert=1"
         )
 
 
-def check_sequence_length(description: ModelDescription, sequence_length: int, sizes: "ParallelSizes") -> None:
-    """Whether sequences of this length mean the same here as in transformers.
+def check_sequence_length(architecture: Architecture, sequence_length: int, sizes: ParallelSizes) -> None:
+    """Whether the model has positions for sequences of this length, and ranks can divide them.
 
     Raises:
-        UserError: longer than the model's positions, longer than its sliding window (which is not implemented), or
-            not divisible among the tensor-parallel ranks under sequence parallelism.
+        UserError: longer than the model's positions, or not divisible among the tensor-parallel ranks under sequence
+            parallelism.
     """
-    window = description.sliding_window
-    if window is not None and sequence_length > window:
-        raise UserError(
-            f"train.sequence_length={sequence_length} is longer than the model's sliding window of {window}, which is "
-            f"not implemented; set train.sequence_length={window} or less"
-        )
-    if sequence_length > description.max_position_embeddings:
+    if sequence_length > architecture.max_position_embeddings:
         raise UserError(
             f"train.sequence_length={sequence_length} is longer than the model's max_position_embeddings="
-            f"{description.max_position_embeddings}; set train.sequence_length to that or less"
+            f"{architecture.max_position_embeddings}; set train.sequence_length to that or less"
         )
     if sizes.sequence and sequence_length % sizes.tensor:
         raise UserError(
@@ -172,9 +150,7 @@ def check_sequence_length(description: ModelDescription, sequence_length: int, s
         )
 
 
-def check_vocabularies(
-    student: ModelDescription, model_dir: Path, teacher: ModelDescription, teacher_dir: Path
-) -> None:
+def check_vocabularies(student: Architecture, model_dir: Path, teacher: Architecture, teacher_dir: Path) -> None:
     """Whether the two models mean the same by every token id.
 
     Raises:

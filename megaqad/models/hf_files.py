@@ -5,7 +5,6 @@ leaves the target as it was. All ranks call the same methods; only the main rank
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,71 +16,90 @@ from torch import Tensor
 
 from megaqad.errors import UserError
 from megaqad.models.checkpoint_files import INDEX_FILE, SINGLE_FILE
-from megaqad.runtime.files import write_safetensors
-from megaqad.runtime.parallel import ParallelContext
+from megaqad.runtime.agree import on_main
+from megaqad.runtime.files import sync_directory, write_bytes_whole, write_safetensors, write_text_whole
+from megaqad.runtime.ranks import Ranks
 
 MAX_FILE_BYTES = 5_000_000_000
 """Weights per file; also the most that the writer holds in memory."""
 
-SIDE_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
-"""What a checkpoint has beside weights and config.json and a client needs."""
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".incomplete")
+"""Endings of files that hold weights."""
+DESCRIBES_WEIGHTS = ("config.json", "hf_quant_config.json")
+SIDE_FOLDERS = ("additional_chat_templates",)
 
 
 class HfFiles:
     """Writer of one checkpoint directory."""
 
-    def __init__(self, output_dir: Path, context: ParallelContext) -> None:
+    def __init__(self, output_dir: Path, ranks: Ranks, *, manifest: str | None = None) -> None:
         """
         Args:
             output_dir: final place; must not exist, or be an empty directory.
-            context: this rank's place; the main rank writes.
+            ranks: this rank's place; the main rank writes.
+            manifest: name of a file that lists what was written; a directory that has it is replaced, unless it also
+                holds what the manifest does not name.
         """
         self.output_dir = Path(output_dir).absolute()
-        self.context = context
+        self.ranks, self.manifest = ranks, manifest
 
     @contextmanager
     def writing(self) -> Iterator[Path]:
         """A directory to write to (on the main rank), put in its place when the block ends without an error.
 
-        Collective: the main rank's verdict on ``output_dir`` is broadcast to all, and all wait for the rename.
+        What is replaced stays until then. Collective: the main rank's verdict on ``output_dir`` is broadcast to all,
+        and all wait for the rename.
 
         Raises:
-            UserError: ``output_dir`` holds something; on every rank.
+            UserError: ``output_dir`` holds something that it must not lose, or cannot be written; on every rank.
         """
-        self._refuse_occupied()
+        on_main(self._refuse_occupied)
         folder = self.output_dir.with_name(f".{self.output_dir.name}.incomplete")
-        if self.context.is_main:
+        if self.ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         try:
             yield folder
-            if self.context.is_main:
-                if self.output_dir.exists():
-                    self.output_dir.rmdir()
-                os.replace(folder, self.output_dir)
+            if self.ranks.is_main:
+                self._put_in_place(folder)
         finally:
-            if self.context.is_main:
+            if self.ranks.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
         dist.barrier()
 
+    def _put_in_place(self, folder: Path) -> None:
+        """Flushed to the disk, then renamed; an earlier one is moved aside first and removed last."""
+        sync_directory(folder)
+        earlier = self.output_dir.with_name(f".{self.output_dir.name}.earlier")
+        shutil.rmtree(earlier, ignore_errors=True)
+        if self.output_dir.exists():
+            self.output_dir.rename(earlier)
+        folder.rename(self.output_dir)
+        sync_directory(self.output_dir.parent)
+        shutil.rmtree(earlier, ignore_errors=True)
+
     def _refuse_occupied(self) -> None:
-        occupied = False
-        if self.context.is_main:
-            occupied = self.output_dir.exists() and (not self.output_dir.is_dir() or any(self.output_dir.iterdir()))
-        verdict = [occupied]
-        dist.broadcast_object_list(verdict, src=0)
-        if verdict[0]:
-            raise UserError(f"{self.output_dir} already holds files; choose another directory or remove it")
+        if not self.output_dir.exists():
+            return
+        if not self.output_dir.is_dir():
+            raise UserError(f"{self.output_dir} is a file; choose another directory or remove it")
+        foreign = [path.name for path in self.output_dir.iterdir() if path.name not in self._written_before()]
+        if foreign:
+            raise UserError(
+                f"{self.output_dir} already holds {sorted(foreign)[0]}, which is not replaced; move it, or choose "
+                "another directory"
+            )
+
+    def _written_before(self) -> set[str]:
+        """What an earlier call left in ``output_dir``."""
+        path = self.output_dir / (self.manifest or "")
+        if self.manifest is None or not path.is_file():
+            return set()
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return {self.manifest, *content["files"], *content["weights"]}
+        except (ValueError, TypeError, KeyError, OSError):
+            return set()
 
     def write_tensors(
         self,
@@ -100,7 +118,7 @@ class HfFiles:
         """
         plan = _plan_files(sizes, max_file_bytes)
         stream = iter(tensors)
-        if not self.context.is_main:
+        if not self.ranks.is_main:
             assert next(stream, None) is None, "only the main rank receives tensors"
             return
         for file, names in plan.items():
@@ -118,16 +136,26 @@ class HfFiles:
 
     def write_json(self, folder: Path, name: str, content: dict[str, Any]) -> None:
         """Write one JSON file, on the main rank."""
-        if self.context.is_main:
-            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if self.ranks.is_main:
+            write_text_whole(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def copy_side_files(self, folder: Path, model_dir: Path) -> None:
-        """Copy tokenizer, generation settings and licence from the original checkpoint, on the main rank."""
-        if self.context.is_main:
-            for pattern in SIDE_FILES:
-                for path in sorted(Path(model_dir).glob(pattern)):
-                    if path.is_file():
-                        shutil.copyfile(path, folder / path.name)
+        """Copy what the original checkpoint has beside weights and their description, on the main rank: tokenizer,
+        templates, generation settings, licences, code of its own."""
+        if not self.ranks.is_main:
+            return
+        for path in sorted(Path(model_dir).iterdir()):
+            if path.is_file() and is_side_file(path):
+                write_bytes_whole(folder / path.name, path.read_bytes())
+            elif path.is_dir() and path.name in SIDE_FOLDERS:
+                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+
+
+def is_side_file(path: Path) -> bool:
+    """Whether a file of a checkpoint is none of weights, index or config.json."""
+    name = path.name
+    described = name in DESCRIBES_WEIGHTS or name.endswith(".index.json")
+    return not described and not name.startswith((".", "megaqad_")) and not name.endswith(WEIGHTS)
 
 
 def _plan_files(sizes: Sequence[tuple[str, int]], max_file_bytes: int) -> dict[str, list[str]]:

@@ -11,33 +11,40 @@ them: a head's gradient is made inside the losses, where block scales have no pl
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch.distributed as dist
 from torch import Tensor
 
-from megaqad.models.rows import LinearSite
+from megaqad.models.causal_lm import Head
+from megaqad.models.weights import Weight
 from megaqad.nvfp4 import straight_through
 from megaqad.quantization.formats import LinearFormat
 from megaqad.quantization.numbers import number_format
-from megaqad.quantization.quantizers import QuantizerMode, Quantizers
 from megaqad.quantization.scales import DEFAULT_SCALING, Scaling
+from megaqad.quantization.site import QuantizerMode, WeightSite
 
 
-class HeadQuantizer(Quantizers):
+class HeadSite(WeightSite, Head):
     """The quantizers of the output head. Its rows are cut over the tensor-parallel ranks, its inputs are whole."""
 
     def __init__(
         self,
-        weight: Callable[[], Tensor],
-        site: LinearSite,
+        rows: Callable[[], Tensor],
+        held: Weight,
         quantization: LinearFormat,
         scaling: Scaling = DEFAULT_SCALING,
+        *,
+        observes: tuple[dist.ProcessGroup, ...],
+        divides: dist.ProcessGroup,
     ) -> None:
-        """``weight``: gives this rank's rows of the head [real rows, h]; none where the shard is all padding."""
+        """``rows``: gives this rank's rows of the head [real rows, h]; none where the shard is all padding. The rest as
+        for ``WeightSite.set_up``."""
         super().__init__()
-        self._weight = weight
-        self.set_up(site, quantization, replace(scaling, weight_scales="refreshed"))
+        self._rows = rows
+        scaling = replace(scaling, weight_scales="refreshed")
+        self.set_up((held,), quantization, scaling, observes=observes, divides=divides)
 
     def current_weight(self) -> Tensor:
-        return self._weight()
+        return self._rows()
 
     def head(self, weight: Tensor) -> Tensor:
         """What the loss multiplies with in place of ``weight`` [real rows, h]; no collectives."""

@@ -13,7 +13,7 @@ dynamic, each token's own. Per token, and not per call of the layer, because a t
 batched with and whatever comes after it, in training, prefill and decoding, on any number of ranks. Where ranks divide
 the contraction dim (row-parallel), the token's amax is the maximum over them; sequence parallelism divides tokens.
 The weight scale follows the weight as it trains, unless it is frozen or learned (``scales.py``):
-``state.refresh_weights`` quantizes every weight once per optimizer step, not once per microbatch, and forward uses that
+``model.refresh`` quantizes every weight once per optimizer step, not once per microbatch, and forward uses that
 copy. With sequence parallelism the input is quantized before it is gathered: blocks lie along the hidden dim, so the
 values are the same and each rank does its share.
 
@@ -32,12 +32,10 @@ from typing import Any, cast
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megaqad.models.modules import QuantizerParameter
-from megaqad.models.rows import LinearSite
+from megaqad.models.model import QuantizerParameter
+from megaqad.models.weights import Weight
 from megaqad.nvfp4 import (
     BLOCK_SIZE,
     NVFP4Tensor,
@@ -48,8 +46,8 @@ from megaqad.nvfp4 import (
 )
 from megaqad.quantization.formats import LinearFormat
 from megaqad.quantization.numbers import EXPORT_DTYPE, number_format
-from megaqad.quantization.quantizers import QuantizerMode, Quantizers
 from megaqad.quantization.scales import DEFAULT_SCALING, LearnedScales, Scaling
+from megaqad.quantization.site import QuantizerMode, WeightSite
 
 
 class _PackedFakeQuantize(torch.autograd.Function):
@@ -97,10 +95,10 @@ class _PackedInput:
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-class QuantizedLinear(Quantizers):
+class QuantizedLinear(WeightSite):
     """The quantizers of one parallel linear layer; mixed in before Megatron-Core's layer.
 
-    Attributes beside those of ``Quantizers``:
+    Attributes beside those of ``WeightSite``:
         packs_inputs: keep inputs packed for backward. Off is the readable form, the oracle of the tests.
         weight_amax, weight_block_amax: float32 [1] and [out(/tp), in(/tp) / 16], where the weight's scales are state.
     """
@@ -115,13 +113,15 @@ class QuantizedLinear(Quantizers):
     def __init__(
         self,
         *args: Any,
-        site: LinearSite,
+        held: Weight,
         quantization: LinearFormat,
+        observes: tuple[torch.distributed.ProcessGroup, ...],
         scaling: Scaling = DEFAULT_SCALING,
         **kwargs: Any,
     ) -> None:
+        """``held``: the weight's description; ``observes``: ranks over which the input's maximum is taken."""
         super().__init__(*args, **kwargs)
-        self.set_up(site, quantization, scaling)
+        self.set_up((held,), quantization, scaling, observes=observes, divides=self.tp_group)
         if self.scaling.stored:
             self._make_scales()
 
@@ -130,7 +130,7 @@ class QuantizedLinear(Quantizers):
 
     @property
     def input_group(self) -> torch.distributed.ProcessGroup | None:
-        return self.tp_group if self.site.parallel == "row" and self.tp_group.size() > 1 else None
+        return self.tp_group if self.weights[0].row_parallel and self.tp_group.size() > 1 else None
 
     def _make_scales(self) -> None:
         """Room for the scales that are state: parameters when learned, buffers when frozen."""
@@ -152,17 +152,17 @@ class QuantizedLinear(Quantizers):
     @property
     def cut_dim(self) -> int:
         """The dim of the weight that the tensor-parallel ranks divide."""
-        return 0 if self.site.parallel == "column" else 1
+        return 1 if self.weights[0].row_parallel else 0
 
     @torch.no_grad()
     def choose_scales(self, amax: Tensor) -> None:
-        """Calibrate the scales that are state. ``amax``: float32 [], the maximum over all shards."""
-        chosen, blocks = choose_scales(self.export_weight(), amax, self.scaling.calibration)
+        """Calibrate the scales that are state. ``amax``: float32 [1], the maximum over all shards."""
+        chosen, blocks = choose_scales(self.export_weight(), amax.reshape(()), self.scaling.calibration)
         self.weight_amax.copy_(chosen)
         self.weight_block_amax.copy_(blocks)
 
     def weight_scales(self, amax: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """As in ``Quantizers``, or the ones that are state."""
+        """As in ``WeightSite``, or the ones that are state."""
         if not self.scaling.stored:
             return super().weight_scales(amax)
         return self.weight_amax.detach().reshape(()).clone(), self.weight_block_amax.detach().clone()
@@ -174,24 +174,6 @@ class QuantizedLinear(Quantizers):
         ranks = self.tp_group.size()
         scales = (self.weight_amax, self.weight_block_amax)
         return cast(Tensor, LearnedScales.apply(weight, *scales, self.quantized_weight, EXPORT_DTYPE, ranks))
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """Megatron-Core's, with the block scales cut as the weight is."""
-        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
-        if not self.scaling.stored:
-            return state
-        name = "weight_block_amax"
-        sharded = make_sharded_tensors_for_checkpoint(
-            {name: self.weight_block_amax},
-            prefix,
-            {name: self.cut_dim},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )[f"{prefix}{name}"]
-        if self.site.role == "fc1":  # this rank's gate rows, then its up rows
-            sharded = apply_swiglu_sharded_factory(sharded, sharded_offsets)
-        return {**state, f"{prefix}{name}": sharded}
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Replace the operands, then multiply as Megatron-Core does. Sharding as in its ``_forward_impl``."""

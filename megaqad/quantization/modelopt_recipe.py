@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megaqad.errors import UserError
-from megaqad.models.description import ModelDescription
-from megaqad.models.rows import linear_modules
+from megaqad.models.architecture import Architecture
 from megaqad.quantization.formats import CHOICES, LinearFormat
-from megaqad.quantization.recipe import HEAD
 from megaqad.quantization.settings import QuantizationSettings, suggestion
 
 DONE_HERE: dict[str, tuple[Any, ...]] = {
@@ -47,7 +45,7 @@ def is_modelopt_recipe(name: str) -> bool:
     return "/" in name or name.endswith((".yaml", ".yml"))
 
 
-def translate(name: str, base: QuantizationSettings, description: ModelDescription) -> QuantizationSettings:
+def translate(name: str, base: QuantizationSettings, architecture: Architecture) -> QuantizationSettings:
     """The recipe ``name`` for one model.
 
     Args:
@@ -67,8 +65,8 @@ def translate(name: str, base: QuantizationSettings, description: ModelDescripti
         instead = "; take its max counterpart with quantization.calibration=mse" if method == "mse" else ""
         raise UserError(f"quantization={name}: quantize.algorithm={method} is not supported, only max{instead}")
     quantizers = _Quantizers(name, rules)
-    chosen = {module: quantizers.linear(module) for module in [*linear_modules(description), HEAD]}
-    caches = {quantizers.cache(f"model.layers.{layer}.self_attn") for layer in range(description.num_layers)}
+    chosen = {module: quantizers.linear(module) for module in [*architecture.linear_modules, architecture.head]}
+    caches = {quantizers.cache(attention.module) for attention in architecture.attentions}
     if len(caches) > 1:
         raise UserError(f"quantization={name}: layers keep keys and values in {sorted(caches)}; give all layers one")
     if all(choice == "bf16" for choice in chosen.values()):
@@ -76,7 +74,7 @@ def translate(name: str, base: QuantizationSettings, description: ModelDescripti
             f"quantization={name} quantizes no linear module of this model: its patterns are for other layers, like "
             "experts; choose another recipe"
         )
-    return _as_settings(base, chosen, caches.pop())
+    return _as_settings(base, chosen, caches.pop() if caches else "none")
 
 
 def _as_settings(base: QuantizationSettings, chosen: Mapping[str, str], kv_cache: str) -> QuantizationSettings:

@@ -57,10 +57,10 @@ class TransformerEngineLinear(QuantizedLinear):
         super().__init__(*args, **kwargs)
         self._weight_is_new = True
 
-    def set_quantized_weight(self, amax: Tensor | None) -> None:
+    def refresh(self, amax: Tensor | None) -> None:
         """Have Transformer Engine quantize the weight at the next quantized forward, and keep it until called again."""
         assert amax is not None, "this backend has no scales that are state"
-        self._scales = (amax, None)
+        self._scales = (amax.reshape(()), None)
         self._weight_is_new = True
 
     @property

@@ -40,6 +40,14 @@ def gather_problems(problem: Result | None) -> list[Result]:
     return [found for found in problems if found is not None]
 
 
+def gather_lists(mine: list[Result]) -> list[Result]:
+    """What all ranks have, in rank order, on every rank.
+
+    Collective: one all-reduce, and when any rank has something one gather of objects.
+    """
+    return [found for of_rank in gather_problems(mine or None) for found in of_rank]
+
+
 def raise_together(problem: str | None) -> None:
     """Raise on all ranks when any has a problem; the lowest such rank's is shown. Collectives: ``gather_problems``.
 

@@ -26,9 +26,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megaqad.errors import UserError
-from megaqad.models.causal_lm import CausalLM
+from megaqad.models.model import Model
 from megaqad.runtime.agree import device_of_group, raise_together, together
-from megaqad.runtime.parallel import ParallelContext
+from megaqad.runtime.ranks import Ranks
 from megaqad.training.manifest import DamagedCheckpoint, check_file, read_manifest
 from megaqad.training.pieces import (
     Box,
@@ -115,25 +115,24 @@ def state_text(state: CheckpointState) -> str:
     return json.dumps(asdict(state), indent=2, allow_nan=False) + "\n"
 
 
-def layout_of(context: ParallelContext) -> dict[str, Any]:
+def layout_of(ranks: Ranks) -> dict[str, Any]:
     """The layout as a checkpoint records it."""
-    return {**asdict(context.sizes), "ranks": context.world_size}
+    return {**asdict(ranks.sizes), "ranks": ranks.world_size}
 
 
-def local_rng_pieces(context: ParallelContext) -> list[LocalPiece]:
+def local_rng_pieces(ranks: Ranks) -> list[LocalPiece]:
     """This rank's random generators, as pieces that belong to nobody else."""
     return [
         LocalPiece(
-            Piece(f"{RNG}.{context.rank}.{name}", tuple(state.shape), Box((0,), tuple(state.shape)), 0, state.numel()),
+            Piece.whole(f"{RNG}.{ranks.rank}.{name}", tuple(state.shape), Box((0,), tuple(state.shape))),
             state,
             owned=True,
-            padded=False,
         )
         for name, state in rng_state().items()
     ]
 
 
-def damage(directory: Path, context: ParallelContext, *, with_training: bool) -> str | None:
+def damage(directory: Path, ranks: Ranks, *, with_training: bool) -> str | None:
     """What is wrong with a checkpoint, None when every byte is as it was written; the same on every rank.
 
     Each rank reads its share of the files. Collective: those of ``raise_together``.
@@ -142,7 +141,7 @@ def damage(directory: Path, context: ParallelContext, *, with_training: bool) ->
     try:
         files = sorted(read_manifest(directory).items())
         wanted = [(name, digest) for name, digest in files if with_training or not name.startswith(f"{TRAINING}/")]
-        for name, digest in wanted[context.rank :: context.world_size]:
+        for name, digest in wanted[ranks.rank :: ranks.world_size]:
             check_file(directory, name, digest)
     except DamagedCheckpoint as error:
         problem = str(error)
@@ -155,8 +154,7 @@ def damage(directory: Path, context: ParallelContext, *, with_training: bool) ->
 
 def load_checkpoint(
     directory: Path,
-    chunks: Sequence[CausalLM],
-    context: ParallelContext,
+    model: Model,
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
     *,
@@ -165,11 +163,11 @@ def load_checkpoint(
     """Fill the model in place, and optimizer, schedule and random generators if given, from any layout's checkpoint.
 
     Args:
-        chunks: this rank's model, bare (not in DDP).
+        model: bare, not in DDP.
         optimizer: with it the training state is read too.
         checked: ``damage`` has found nothing already.
 
-    Collectives: a few small exchanges, so that all ranks succeed or fail together.
+    Collectives: a few small exchanges, so that all ranks succeed or fail together; those of ``Model.changed``.
 
     Raises:
         UserError: no checkpoint there, damaged, or its tensors are not exactly those of this model and recipe.
@@ -177,24 +175,25 @@ def load_checkpoint(
     with_training = optimizer is not None
     with together():
         state = read_state(directory)
-    found = None if checked else damage(directory, context, with_training=with_training)
+    found = None if checked else damage(directory, model.ranks, with_training=with_training)
     if found is not None:
         raise UserError(f"{directory} is damaged: {found}; use another checkpoint")
-    wanted = model_pieces(chunks, context)
+    wanted = model_pieces(model)
     if optimizer is not None:
         allocate_state(optimizer)
-        wanted += optimizer_pieces(optimizer, chunks, context)
+        wanted += optimizer_pieces(optimizer, model)
     with together():
         reader = _reader(directory, with_training=with_training)
         _fill(reader, wanted)
-        _check_covered(chunks, wanted)
+        _check_covered(model, wanted)
     _check_all_used(reader, wanted, directory)
     if optimizer is not None:
         set_updates_done(optimizer, state.updates)
-        if state.layout == layout_of(context):
+        if state.layout == layout_of(model.ranks):
             with together():
-                set_rng_state(_read_rng(reader, context))
+                set_rng_state(_read_rng(reader, model.ranks))
     reader.close()
+    model.changed()
     if scheduler is not None:
         scheduler.num_steps = 0
         scheduler.step(increment=state.position.step)
@@ -214,13 +213,13 @@ def _reader(directory: Path, *, with_training: bool) -> PieceReader:
 @torch.no_grad()
 def _fill(reader: PieceReader, wanted: Sequence[LocalPiece]) -> None:
     for local in wanted:
-        local.data.copy_(reader.read(local.piece, padded=local.padded))
+        local.data.copy_(reader.read(local.piece))
 
 
-def _check_covered(chunks: Sequence[CausalLM], wanted: Sequence[LocalPiece]) -> None:
+def _check_covered(model: Model, wanted: Sequence[LocalPiece]) -> None:
     """Every tensor of the model's state dict must have been among the pieces that were filled."""
     filled = {local.data.data_ptr() for local in wanted}
-    for chunk in chunks:
+    for chunk in model.chunks:
         for name, value in chunk.state_dict(keep_vars=True).items():
             covered = not isinstance(value, torch.Tensor) or value.numel() == 0 or value.data_ptr() in filled
             assert covered, f"{name} has no place in the checkpoint"
@@ -239,6 +238,6 @@ def _check_all_used(reader: PieceReader, wanted: Sequence[LocalPiece], directory
         )
 
 
-def _read_rng(reader: PieceReader, context: ParallelContext) -> dict[str, torch.Tensor]:
-    prefix = f"{RNG}.{context.rank}."
+def _read_rng(reader: PieceReader, ranks: Ranks) -> dict[str, torch.Tensor]:
+    prefix = f"{RNG}.{ranks.rank}."
     return {key.removeprefix(prefix): reader.read_whole(key) for key in reader.names() if key.startswith(prefix)}

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from rich.progress import Progress
 
 from megaqad.config import TrainSettings
-from megaqad.data import TokenDataset
-from megaqad.distillation.step import DistillationStep, MicroBatch, StepResult
+from megaqad.data import Batch, TokenDataset
+from megaqad.distillation.step import DistillationStep, StepResult
 from megaqad.errors import StoppedEarly, UserError
 from megaqad.runtime import signals
 from megaqad.runtime.agree import device_of_group, raise_together
@@ -203,24 +203,17 @@ class Loop:
         progress.update(progress.task_ids[0], completed=restored.step)
         return restored.past_window(*window, rollbacks=before.rollbacks + 1)
 
-    def _micro_batches(self, consumed_samples: int) -> list[MicroBatch]:
+    def _micro_batches(self, consumed_samples: int) -> list[Batch]:
         """This data-parallel rank's share of the next global batch, on the run's device."""
-        context = self.step.context
+        ranks = self.step.ranks
         batches = self.data.micro_batches(
             consumed_samples,
             global_batch_size=self.settings.global_batch_size,
             micro_batch_size=self.settings.micro_batch_size,
-            data_rank=context.data_rank,
-            data_size=context.data_size,
+            data_rank=ranks.data_rank,
+            data_size=ranks.data_size,
         )
-        return [
-            MicroBatch(
-                tokens=batch.tokens.to(context.device),
-                labels=batch.labels.to(context.device),
-                token_weights=batch.loss_mask.to(context.device),
-            )
-            for batch in batches
-        ]
+        return [batch.to(ranks.device) for batch in batches]
 
 
 def _reason(stop: int) -> str:

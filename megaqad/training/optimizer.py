@@ -7,7 +7,7 @@ data-parallel ranks. Gradients are accumulated and reduced in FP32.
 from collections.abc import Sequence
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
@@ -20,13 +20,12 @@ from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megaqad.config import TrainSettings
-from megaqad.models.causal_lm import CausalLM
-from megaqad.models.modules import QuantizerParameter
+from megaqad.models.model import Model, QuantizerParameter
 from megaqad.quantization.settings import SCALE_LR
 
 
-def wrap_for_training(chunks: Sequence[CausalLM]) -> list[DistributedDataParallel]:
-    """The chunks in Megatron-Core's DDP, gradients in one FP32 buffer. Parameters move into a contiguous buffer too.
+def wrap_for_training(model: Model) -> list[DistributedDataParallel]:
+    """The model's chunks in Megatron-Core's DDP, gradients in one FP32 buffer. Parameters move into one buffer too.
 
     The copies of the parameters on data-parallel ranks must be equal already; no collective is issued here.
     """
@@ -34,8 +33,10 @@ def wrap_for_training(chunks: Sequence[CausalLM]) -> list[DistributedDataParalle
         grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
     )
     wrapped = [
-        DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(chunks)
+        DistributedDataParallel(
+            chunk.config, ddp_config, chunk, disable_bucketing=index > 0, pg_collection=model.ranks.groups
+        )
+        for index, chunk in enumerate(model.chunks)
     ]
     for chunk in wrapped:
         chunk.train()
@@ -50,9 +51,6 @@ def build_optimizer(
     scale_lr: float = SCALE_LR,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Distributed Adam with decoupled weight decay and global-norm clipping; linear warm-up, then cosine to min_lr.
-
-    Also tells the model's config how the schedules finish a step (``finalize_model_grads``: reduction over data,
-    embedding and sequence-parallel ranks, division by the tokens of the global batch).
 
     Args:
         scale_lr: peak learning rate of learned scales, which take part in the same warm-up and cosine, down to 0, and
@@ -74,7 +72,11 @@ def build_optimizer(
     of_scales: ParamGroupOverride = {"wd_mult": 0.0, "max_lr": scale_lr, "min_lr": 0.0}
     is_scale = ParamKey(predicate=ParamPredicate("scale", lambda one: isinstance(one, QuantizerParameter)))
     optimizer = get_megatron_optimizer(
-        config, list(student), config_overrides={**get_standard_config_overrides(config), is_scale: of_scales}
+        config,
+        list(student),
+        config_overrides={**get_standard_config_overrides(config), is_scale: of_scales},
+        use_gloo_process_groups=False,
+        pg_collection=student[0].module.pg_collection,
     )
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -90,6 +92,5 @@ def build_optimizer(
         wd_incr_style="constant",
     )
     for chunk in student:
-        chunk.module.config.finalize_model_grads_func = finalize_model_grads
         chunk.module.config.grad_scale_func = optimizer.scale_loss
     return optimizer, scheduler

@@ -1,8 +1,8 @@
 """The state of a run as pieces: which numbers of which global tensor this rank holds.
 
-Megatron-Core's ``sharded_state_dict`` says of every local tensor which box of a global tensor it is (a layer's key
-holds its global number, so pipeline stages need no translation). The distributed optimizer divides further: each
-data-parallel rank owns a run of the flattened local tensor. One description covers both::
+The description of the model says of every local tensor which boxes of which checkpoint tensors it is
+(``models.weights``), under their Hugging Face names; so no layout shows in a key. The distributed optimizer divides
+further: each data-parallel rank owns a run of the flattened local tensor. One description covers both::
 
     Piece = key of the global tensor, its shape, a box in it, and a run [start, stop) of that box, flattened
 
@@ -14,19 +14,18 @@ reshards gathers everything on the first data-parallel rank, three full copies i
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from megaqad.models.causal_lm import CausalLM
-from megaqad.runtime.parallel import ParallelContext
+from megaqad.models.model import Held, Model
+from megaqad.models.weights import Copy, HfTensor, Weight
+from megaqad.quantization.model import cache_sites, stored_scales, weight_sites
+from megaqad.runtime.ranks import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN_PARAMETER = "main"
@@ -58,6 +57,11 @@ class Piece:
     def numel(self) -> int:
         return self.stop - self.start
 
+    @classmethod
+    def whole(cls, key: str, global_shape: tuple[int, ...], box: Box) -> "Piece":
+        """All of a box."""
+        return cls(key, global_shape, box, 0, box.numel)
+
 
 @dataclass(frozen=True)
 class LocalPiece:
@@ -68,66 +72,86 @@ class LocalPiece:
     """A view of the live tensor, piece.numel elements, contiguous; reading it saves, writing it loads."""
     owned: bool
     """Whether this rank, among those that hold a copy, is the one that writes it."""
-    padded: bool
-    """The global shape may differ between layouts (the vocabulary's padding); what the checkpoint lacks is zero."""
 
 
-def _box(shard: ShardedTensor) -> Box:
-    prepended = (1,) * shard.prepend_axis_num
-    return Box(tuple(shard.global_offset), (*prepended, *shard.local_shape))
+def _boxes(weight: Weight, local: Tensor, ranks: Ranks) -> Iterator[tuple[HfTensor, LocalPiece]]:
+    """The parts of a weight as boxes of the checkpoint's tensors, ``owned`` by the first of the tensor-parallel ranks
+    that have them. ``local``: this rank's tensor; what it adds in contiguous runs of rows is one box each."""
+    rank, tensor = ranks.tensor_rank, ranks.sizes.tensor
+    for part, view in zip(weight.parts, weight.join.views(local, tensor), strict=True):
+        spans = part.box(rank, tensor)
+        groups = list(view) if view.dim() > local.dim() else [view]  # a key/value group's heads lie together
+        rows = (spans[0][1] - spans[0][0]) // len(groups) if spans else 1
+        for index, group in enumerate(groups):
+            shape = tuple(stop - start for start, stop in spans)
+            offset = tuple(start for start, _ in spans)
+            if spans:
+                shape, offset = (rows, *shape[1:]), (offset[0] + index * rows, *offset[1:])
+            box = Box(offset, shape)
+            if box.numel:
+                data = group.reshape(-1)[: box.numel]  # the vocabulary's padding left out
+                assert data.data_ptr() == group.data_ptr(), f"{weight.name} does not lie in contiguous boxes"
+                owned = part.cut.is_first(rank, tensor) and not weight.alias
+                yield part, LocalPiece(Piece.whole(part.name, part.shape, box), data, owned)
 
 
-def _shards(entry: Any) -> list[ShardedTensor]:
-    """The boxes of one entry of a sharded state dict: one, or several where a factory splits a fused tensor.
-
-    Transformer Engine's ``_extra_state`` objects are left out: they are pickles, and the quantizers' state of this
-    project lives in ordinary tensors.
-    """
-    if isinstance(entry, ShardedObject):
-        return []
-    if isinstance(entry, ShardedTensorFactory):
-        return [shard for shard in nested_values({"built": entry.build()}) if isinstance(shard, ShardedTensor)]
-    assert isinstance(entry, ShardedTensor), f"{entry} is no sharded tensor"
-    return [entry]
+def _is_first_copy(weight: Weight, ranks: Ranks) -> bool:
+    """Whether this rank is the first of the data-parallel ranks that hold copies of a weight."""
+    return (ranks.expert_data_group if weight.expert is not None else ranks.groups.dp_cp).rank() == 0
 
 
-def _entries(chunks: Sequence[CausalLM], context: ParallelContext) -> Iterator[ShardedTensor | ShardedTensorFactory]:
-    metadata = {"dp_cp_group": context.groups.dp_cp, "non_homogeneous_layers": True}
-    for chunk in chunks:
-        yield from nested_values(chunk.sharded_state_dict(metadata=metadata))
-
-
-def _is_first(replica: Any) -> bool:
-    return replica == 0 if isinstance(replica, int) else not any(replica)
-
-
-def model_pieces(chunks: Sequence[CausalLM], context: ParallelContext) -> list[LocalPiece]:
-    """Every parameter and persistent buffer of this rank's chunks. No collectives."""
+def model_pieces(model: Model) -> list[LocalPiece]:
+    """Every parameter and every scale that is state, on this rank. No collectives."""
     pieces = []
-    for entry in _entries(chunks, context):
-        for shard in _shards(entry):
-            box = _box(shard)
-            assert shard.data.is_contiguous(), f"{shard.key} is not contiguous"
-            pieces.append(
-                LocalPiece(
-                    Piece(shard.key, tuple(shard.global_shape), box, 0, box.numel),
-                    shard.data.detach().reshape(-1),
-                    owned=_is_first(shard.replica_id),
-                    padded=shard.allow_shape_mismatch,
-                )
+    for held, local in _parameters(model):
+        first = _is_first_copy(held.weight, model.ranks)
+        pieces += [replace(piece, owned=piece.owned and first) for _, piece in _boxes(held.weight, local, model.ranks)]
+    return pieces + list(_calibrated(model))
+
+
+def _parameters(model: Model) -> Iterator[tuple[Held, Tensor]]:
+    """The weights on this rank, and beside them the scales that are state, described as weights of their own."""
+    for held in model.held:
+        yield held, held.data
+    ranks = (model.ranks.tensor_rank, model.ranks.sizes.tensor)
+    for layer in stored_scales(model):
+        (weight,) = layer.weights
+        blocks = tuple(
+            replace(
+                part,
+                name=f"{part.module}.weight_block_amax",
+                shape=(part.shape[0], layer.weight_block_amax.shape[1] * part.shape[1] // layer.weight.shape[1]),
             )
-    return pieces
+            for part in weight.parts
+        )
+        scale = replace(weight, parts=blocks)
+        yield Held(scale, layer.weight_block_amax, layer, ranks), layer.weight_block_amax.detach()
+        one = replace(weight, parts=(HfTensor(f"{weight.parts[0].module}.weight_amax", (1,)),), join=Copy())
+        yield Held(one, layer.weight_amax, layer, ranks), layer.weight_amax.detach()
 
 
-def optimizer_pieces(
-    optimizer: MegatronOptimizer, chunks: Sequence[CausalLM], context: ParallelContext
-) -> list[LocalPiece]:
+def _calibrated(model: Model) -> Iterator[LocalPiece]:
+    """What calibration found: a number for each module, the same on all ranks that hold a part of it."""
+    ranks = model.ranks
+    for layer in weight_sites(model):
+        for weight, amax in zip(layer.weights, layer.input_amax.reshape(-1).split(1), strict=True):
+            owned = ranks.tensor_rank == 0 and _is_first_copy(weight, ranks)
+            yield LocalPiece(Piece.whole(f"{weight.modules[0]}.input_amax", (), Box((), ())), amax, owned)
+    for site in cache_sites(model):
+        owned = ranks.tensor_rank == 0 and ranks.groups.dp_cp.rank() == 0
+        for name, amax in zip(site.names, (site.key_amax, site.value_amax), strict=True):
+            yield LocalPiece(Piece.whole(f"{name}.output_amax", (), Box((), ())), amax.reshape(-1), owned)
+
+
+def optimizer_pieces(optimizer: MegatronOptimizer, model: Model) -> list[LocalPiece]:
     """Moments and FP32 main parameters that this rank owns in the distributed optimizer. No collectives.
 
     The optimizer's state must exist (``allocate_state``). A main parameter that is the model's parameter itself (FP32
     runs) is left out.
     """
-    shards_of = {entry.data: _shards(entry) for entry in _entries(chunks, context) if entry.data is not None}
+    boxes: dict[Tensor, list[LocalPiece]] = {}
+    for held, local in _parameters(model):
+        boxes.setdefault(held.parameter, []).extend(piece for _, piece in _boxes(held.weight, local, model.ranks))
     pieces: list[LocalPiece] = []
     for inner in distributed_optimizers(optimizer):
         for parameter, start, stop in _owned_runs(inner):
@@ -136,29 +160,25 @@ def optimizer_pieces(
             states = {name: inner.optimizer.state[main][name] for name in MOMENTS}
             if main.dtype != parameter.dtype:
                 states[MAIN_PARAMETER] = main
-            for shard in shards_of[parameter]:
-                pieces += _run_in_shard(shard, parameter, start, stop, states)
+            for local_piece in boxes[parameter]:
+                pieces += _run_in_box(local_piece, parameter, start, stop, states)
     return pieces
 
 
-def _run_in_shard(
-    shard: ShardedTensor, parameter: Tensor, start: int, stop: int, states: Mapping[str, Tensor]
+def _run_in_box(
+    whole: LocalPiece, parameter: Tensor, start: int, stop: int, states: dict[str, Tensor]
 ) -> Iterator[LocalPiece]:
-    """The part of a parameter's run [start, stop) that lies in one of its boxes."""
-    assert shard.data.is_contiguous(), f"{shard.key} is not contiguous"
-    first = shard.data.storage_offset() - parameter.storage_offset()
-    low, high = max(start, first), min(stop, first + shard.data.numel())
+    """The part of a parameter's run [start, stop) that lies in one of its boxes. The runs of data-parallel ranks
+    differ, so all of them are written."""
+    first = whole.data.storage_offset() - parameter.storage_offset()
+    low, high = max(start, first), min(stop, first + whole.data.numel())
     if low >= high:
         return
-    # Replicas are (pipeline, tensor, data): the runs of the data-parallel ranks differ, so all of them are written.
-    owned = _is_first(tuple(shard.replica_id)[:-1])
     for name, values in states.items():
-        yield LocalPiece(
-            Piece(f"optimizer.{name}.{shard.key}", tuple(shard.global_shape), _box(shard), low - first, high - first),
-            values.detach().view(-1)[low - start : high - start],
-            owned=owned,
-            padded=shard.allow_shape_mismatch,
+        piece = replace(
+            whole.piece, key=f"optimizer.{name}.{whole.piece.key}", start=int(low - first), stop=int(high - first)
         )
+        yield LocalPiece(piece, values.detach().view(-1)[low - start : high - start], whole.owned)
 
 
 def _owned_runs(inner: DistributedOptimizer) -> Iterator[tuple[Tensor, int, int]]:

@@ -7,14 +7,14 @@ from pathlib import Path
 from megaqad.errors import UserError
 from megaqad.runtime.agree import on_main
 from megaqad.runtime.files import free_bytes
-from megaqad.runtime.parallel import ParallelContext
+from megaqad.runtime.ranks import Ranks
 from megaqad.training.checkpoint import damage, finished_checkpoints, step_directory
 
 HEADERS_BYTES = 4 * 1024 * 1024
 """What a checkpoint needs beside its tensors; generously."""
 
 
-def newest_good_checkpoint(run_dir: Path, context: ParallelContext, say: Callable[[str], None]) -> Path | None:
+def newest_good_checkpoint(run_dir: Path, ranks: Ranks, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint whose every byte is as it was written; None when there has been none.
 
     Damaged ones are named and passed over.
@@ -27,7 +27,7 @@ def newest_good_checkpoint(run_dir: Path, context: ParallelContext, say: Callabl
     names: list[str] = on_main(lambda: [path.name for path in reversed(finished_checkpoints(run_dir))])
     for name in names:
         directory = run_dir / "checkpoints" / name
-        problem = damage(directory, context, with_training=True)
+        problem = damage(directory, ranks, with_training=True)
         if problem is None:
             return directory
         say(f"{name} is damaged and passed over: {problem}")

@@ -17,10 +17,8 @@ from megaqad.config import Settings
 from megaqad.data import TokenDataset
 from megaqad.distillation.step import DistillationStep
 from megaqad.identity import check_same_run
-from megaqad.models.causal_lm import CausalLM
-from megaqad.quantization.state import refresh_weights
+from megaqad.models.model import Model
 from megaqad.runtime.agree import device_of_group, on_main
-from megaqad.runtime.parallel import ParallelContext
 from megaqad.training.checkpoint import (
     CheckpointState,
     layout_of,
@@ -42,12 +40,11 @@ class TrainingRun:
 
     run_dir: Path
     settings: Settings
-    context: ParallelContext
     terminal: Terminal
     title: str
     """What the progress bar calls it."""
-    model: list[CausalLM]
-    """This rank's chunks, bare: those that ``step`` trains inside its DDP."""
+    model: Model
+    """Bare: what ``step`` trains inside its DDP."""
     step: DistillationStep
     data: TokenDataset
     fingerprint: dict[str, Any]
@@ -64,11 +61,11 @@ class TrainingRun:
             UserError: another run's checkpoint, no room on the disk, all checkpoints damaged, or as ``Loop.run``.
         """
         settings = self.settings
-        self._saver = CheckpointSaver(self.context, on_commit=self._on_commit)
+        self._saver = CheckpointSaver(self.model.ranks, on_commit=self._on_commit)
         on_main(self._prepare_directory)
         position = self._go_on()
         self._check_room()
-        log = MetricsLog(self.run_dir, settings, is_main=self.context.is_main, keep_steps=position.step)
+        log = MetricsLog(self.run_dir, settings, is_main=self.model.ranks.is_main, keep_steps=position.step)
         try:
             if settings.train.spike_factor and position.step == 0:
                 self._save(position, None)  # what a spike before the first checkpoint goes back to
@@ -95,7 +92,7 @@ class TrainingRun:
 
     def _go_on(self) -> Position:
         """Load the newest good checkpoint, if there is one."""
-        newest = newest_good_checkpoint(self.run_dir, self.context, self.terminal.say)
+        newest = newest_good_checkpoint(self.run_dir, self.model.ranks, self.terminal.say)
         if newest is None:
             allocate_state(self.step.optimizer)
             return Position()
@@ -103,13 +100,13 @@ class TrainingRun:
         check_same_run(recorded, self.fingerprint, self.settings.resume.allow, f"{newest}")
         position = self._load(newest)
         self.terminal.say(f"going on from {newest}, step {position.step}")
-        if self.context.is_main:
+        if self.model.ranks.is_main:
             mark_latest(self.run_dir, newest)
         return position
 
     def _restore(self) -> Position:
         """After a spike: back to the newest checkpoint, which is finished."""
-        newest = newest_good_checkpoint(self.run_dir, self.context, self.terminal.say)
+        newest = newest_good_checkpoint(self.run_dir, self.model.ranks, self.terminal.say)
         assert newest is not None, "a run that rolls back saves before its first step"
         position = self._load(newest)
         on_main(lambda: remove_checkpoints_after(self.run_dir, position.step))
@@ -117,8 +114,7 @@ class TrainingRun:
 
     def _load(self, directory: Path) -> Position:
         optimizer, scheduler = self.step.optimizer, self.step.scheduler
-        state = load_checkpoint(directory, self.model, self.context, optimizer, scheduler, checked=True)
-        refresh_weights(self.model, self.context)
+        state = load_checkpoint(directory, self.model, optimizer, scheduler, checked=True)
         return state.position
 
     def _save(self, position: Position, validation_kl: float | None) -> None:
@@ -129,7 +125,7 @@ class TrainingRun:
         state = CheckpointState(
             position=position,
             fingerprint=self.fingerprint,
-            layout=layout_of(self.context),
+            layout=layout_of(self.model.ranks),
             updates=int(updates.item()),
             validation_kl=validation_kl,
             settings=asdict(self.settings),
@@ -144,8 +140,8 @@ class TrainingRun:
     def _check_room(self) -> None:
         """Collective: one sum and one broadcast."""
         pieces = [
-            *model_pieces(self.model, self.context),
-            *optimizer_pieces(self.step.optimizer, self.model, self.context),
+            *model_pieces(self.model),
+            *optimizer_pieces(self.step.optimizer, self.model),
         ]
         mine = sum(local.data.numel() * local.data.element_size() for local in pieces if local.owned)
         total = torch.tensor([mine], dtype=torch.int64, device=device_of_group())

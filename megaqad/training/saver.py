@@ -25,10 +25,10 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from megaqad.errors import UserError
-from megaqad.models.causal_lm import CausalLM
+from megaqad.models.model import Model
 from megaqad.runtime.agree import any_rank
 from megaqad.runtime.files import FileDigest, digest_of, sync_directory, write_text_whole
-from megaqad.runtime.parallel import ParallelContext
+from megaqad.runtime.ranks import Ranks
 from megaqad.training.checkpoint import (
     STATE_FILE,
     TRAINING,
@@ -90,14 +90,14 @@ class SaveStatus:
 class CheckpointSaver:
     """Writes one checkpoint at a time; every rank has one and calls the same methods in the same order."""
 
-    def __init__(self, context: ParallelContext, *, on_commit: Callable[[Path], None] = lambda _: None) -> None:
+    def __init__(self, ranks: Ranks, *, on_commit: Callable[[Path], None] = lambda _: None) -> None:
         """
         Args:
             on_commit: called with the finished checkpoint on the first rank, on a thread: moves ``latest``.
 
         Collective: one broadcast, of a name that no other attempt uses.
         """
-        self._context = context
+        self._ranks = ranks
         self._on_commit = on_commit
         attempt = [secrets.token_hex(4)]
         dist.broadcast_object_list(attempt, src=0)
@@ -111,7 +111,7 @@ class CheckpointSaver:
     def start(
         self,
         final: Path,
-        chunks: Sequence[CausalLM],
+        model: Model,
         state: CheckpointState,
         optimizer: MegatronOptimizer | None = None,
     ) -> None:
@@ -119,7 +119,7 @@ class CheckpointSaver:
 
         Args:
             final: the directory's name when it is whole.
-            chunks: this rank's model, bare (not in DDP).
+            model: bare, not in DDP.
             optimizer: to write training state too.
 
         Collectives: none, unless a save is still under way: then those of ``finish``.
@@ -127,11 +127,9 @@ class CheckpointSaver:
         if self._save is not None:
             self.finish()
         started = time.perf_counter()
-        files = {WEIGHTS: to_host(model_pieces(chunks, self._context))}
+        files = {WEIGHTS: to_host(model_pieces(model))}
         if optimizer is not None:
-            files[TRAINING] = to_host(
-                [*optimizer_pieces(optimizer, chunks, self._context), *local_rng_pieces(self._context)]
-            )
+            files[TRAINING] = to_host([*optimizer_pieces(optimizer, model), *local_rng_pieces(self._ranks)])
         temporary = final.with_name(f".{final.name}.{self._attempt}.writing")
         work = _Work(lambda: self._write(temporary, files), "checkpoint")
         self._save = _Save(final, temporary, state, work)
@@ -197,7 +195,7 @@ class CheckpointSaver:
             (temporary / folder).mkdir(parents=True, exist_ok=True)
             if not pieces:
                 continue
-            name = f"{folder}/rank_{self._context.rank:05d}.safetensors"
+            name = f"{folder}/rank_{self._ranks.rank:05d}.safetensors"
             written = write_pieces(temporary / name, pieces)
             if digest_of(temporary / name, from_disk=True) != written:
                 raise DamagedCheckpoint(f"{temporary / name} reads back differently from what was written")
@@ -206,11 +204,11 @@ class CheckpointSaver:
 
     def _begin_commit(self, save: _Save) -> None:
         """All ranks have written: collect what, and let the first rank finish the directory."""
-        gathered: list[dict[str, FileDigest]] = [{}] * self._context.world_size
+        gathered: list[dict[str, FileDigest]] = [{}] * self._ranks.world_size
         dist.all_gather_object(gathered, save.work.result)
         digests = {name: digest for part in gathered for name, digest in part.items()}
         save.committing = True
-        save.work = _Work(lambda: self._commit(save, digests) if self._context.is_main else {}, "checkpoint")
+        save.work = _Work(lambda: self._commit(save, digests) if self._ranks.is_main else {}, "checkpoint")
         save.work.start()
 
     def _commit(self, save: _Save, digests: dict[str, FileDigest]) -> dict[str, FileDigest]:
@@ -235,11 +233,11 @@ class CheckpointSaver:
 
     def _fail(self, save: _Save) -> None:
         """One rank could not write: remove the attempt and say so on all."""
-        problems: list[str | None] = [None] * self._context.world_size
+        problems: list[str | None] = [None] * self._ranks.world_size
         dist.all_gather_object(problems, save.work.problem)
         rank, problem = next((rank, text) for rank, text in enumerate(problems) if text is not None)
         self._save = None
-        if self._context.is_main:
+        if self._ranks.is_main:
             shutil.rmtree(save.temporary, ignore_errors=True)
         if save.work.defect is not None:
             raise save.work.defect

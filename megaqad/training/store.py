@@ -106,11 +106,8 @@ class PieceReader:
             if sum(one.piece.numel for one in stored) != Box((), stored[0].piece.global_shape).numel
         ]
 
-    def read(self, piece: Piece, *, padded: bool = False) -> Tensor:
+    def read(self, piece: Piece) -> Tensor:
         """The numbers of a piece, from however the checkpoint was cut: flat, piece.numel elements, on the CPU.
-
-        Args:
-            padded: the checkpoint's tensor may have another global shape; what it lacks is zero.
 
         Raises:
             UserError: the checkpoint has no such tensor, or one of another shape.
@@ -119,7 +116,7 @@ class PieceReader:
         if not stored:
             raise UserError(f"the checkpoint has no tensor {piece.key}: it belongs to another model or recipe")
         found = stored[0].piece.global_shape
-        if found != piece.global_shape and not padded:
+        if found != piece.global_shape:
             raise UserError(
                 f"{piece.key} has shape {list(found)} in the checkpoint and {list(piece.global_shape)} here: it "
                 "belongs to another model or recipe"

@@ -11,7 +11,7 @@ from tests.losses.oracle import relative_error
 def bench(rank, world_size):
     """Rows, and the gradients of every contestant on this rank's shard."""
     from megaqad.bench import kl_contestants as ends
-    from megaqad.runtime.parallel import ParallelSizes, parallel
+    from megaqad.runtime.ranks import ParallelSizes, parallel
 
     ends.import_modelopt()  # it cannot be imported once the CPU device layer is on
     with parallel(ParallelSizes(tensor=world_size)) as context:

@@ -21,7 +21,7 @@ def bench(rank, world_size, arguments):
     """The rows that this rank prints."""
     from megaqad.commands import bench as command
     from megaqad.config import check_settings, load_settings
-    from megaqad.runtime.parallel import shutdown_parallel
+    from megaqad.runtime.ranks import shutdown_parallel
 
     command.REPEATS = 2
     settings = load_settings(["experiment=demo", *arguments])

@@ -9,7 +9,7 @@ from tests.models.checkpoints import make_checkpoint, random_tokens, transformer
 
 def write_logits(rank, world_size, overrides):
     from megaqad.commands.logits import logits
-    from megaqad.runtime.parallel import shutdown_parallel
+    from megaqad.runtime.ranks import shutdown_parallel
 
     try:
         logits(load_settings(overrides))

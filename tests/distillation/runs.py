@@ -13,7 +13,7 @@ from megaqad.distillation.step import DistillationStep, Objective
 from megaqad.distillation.teachers import Teacher
 from megaqad.errors import UserError
 from megaqad.models.causal_lm import CausalLM
-from megaqad.runtime.parallel import shutdown_parallel
+from megaqad.runtime.ranks import shutdown_parallel
 from megaqad.training.logs import read_metrics
 from megaqad.training.optimizer import build_optimizer, wrap_for_training
 

@@ -17,7 +17,7 @@ from megaqad.config import Settings, load_settings
 from megaqad.distillation.forward import flatten_tokens
 from megaqad.distillation.step import MicroBatch
 from megaqad.models.causal_lm import CausalLM
-from megaqad.runtime.parallel import shutdown_parallel
+from megaqad.runtime.ranks import shutdown_parallel
 from tests.distillation.runs import SMALL_RUN, qad_step
 from tests.losses.oracle import dense_cka, dense_kl, relative_error
 from tests.models.checkpoints import make_checkpoint

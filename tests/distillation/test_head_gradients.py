@@ -15,7 +15,7 @@ from megaqad.commands.teaching import teacher_of
 from megaqad.config import load_settings
 from megaqad.distillation.forward import flatten_tokens
 from megaqad.nvfp4 import fake_quantize, tensor_amax
-from megaqad.runtime.parallel import shutdown_parallel
+from megaqad.runtime.ranks import shutdown_parallel
 from tests.distillation.runs import SMALL_RUN, qad_step
 from tests.distillation.test_gradients import KEEPS_GRADIENTS, batches
 from tests.losses.oracle import dense_kl, relative_error

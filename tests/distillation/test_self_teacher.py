@@ -15,7 +15,7 @@ from megaqad.config import check_settings, load_settings
 from megaqad.distillation.teachers import LiveTeacher, SelfTeacher
 from megaqad.errors import UserError
 from megaqad.models.modules import QuantizerParameter
-from megaqad.runtime.parallel import shutdown_parallel
+from megaqad.runtime.ranks import shutdown_parallel
 from megaqad.training.freezing import freeze
 from megaqad.training.logs import read_metrics
 from tests.distillation.runs import SMALL_RUN, train_curve, without_teacher

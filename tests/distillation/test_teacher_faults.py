@@ -9,7 +9,7 @@ from megaqad.distillation.finite import TeacherFault, explain_teacher
 from megaqad.distillation.step import MicroBatch
 from megaqad.distillation.teachers import LiveTeacher
 from megaqad.errors import UserError
-from megaqad.runtime.parallel import shutdown_parallel
+from megaqad.runtime.ranks import shutdown_parallel
 from tests.distillation.runs import SMALL_RUN, qad_step
 from tests.models.checkpoints import make_checkpoint
 

@@ -16,7 +16,7 @@ from megaqad.models.causal_lm import CausalLM
 from megaqad.models.hf_reader import original_values
 from megaqad.quantization.layers import QuantizerMode
 from megaqad.quantization.state import quantized_caches, quantized_linears, refresh_weights
-from megaqad.runtime.parallel import shutdown_parallel
+from megaqad.runtime.ranks import shutdown_parallel
 from megaqad.training.freezing import freeze
 from megaqad.training.logs import read_metrics
 from megaqad.training.optimizer import wrap_for_training

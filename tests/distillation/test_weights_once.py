@@ -20,7 +20,7 @@ from megaqad.distillation.step import MicroBatch
 from megaqad.models.causal_lm import CausalLM
 from megaqad.quantization.layers import QuantizedLinear
 from megaqad.quantization.state import quantized_linears
-from megaqad.runtime.parallel import shutdown_parallel
+from megaqad.runtime.ranks import shutdown_parallel
 from megaqad.training.freezing import freeze
 from tests.distillation.runs import SMALL_RUN, qad_step
 from tests.models.checkpoints import make_checkpoint

@@ -20,7 +20,7 @@ from megaqad.models.hf_reader import load_weights
 from megaqad.quantization.formats import CHOICES
 from megaqad.quantization.settings import QuantizationSettings
 from megaqad.quantization.state import cache_amaxes, input_amaxes
-from megaqad.runtime.parallel import ParallelContext, ParallelSizes, parallel
+from megaqad.runtime.ranks import Ranks, ParallelSizes, parallel
 from tests.models.megatron_runs import whole_logits
 from tests.quantization.models import calibrated_student
 
@@ -54,7 +54,7 @@ def refused_export(rank: int, world: int, folder: Path, sizes: ParallelSizes, op
     return "not refused"
 
 
-def gathered_logits(chunks: list[CausalLM], context: ParallelContext, tokens: np.ndarray) -> Tensor | None:
+def gathered_logits(chunks: list[CausalLM], context: Ranks, tokens: np.ndarray) -> Tensor | None:
     """FP32 logits [b, s, V] on the main rank."""
     hidden = forward_hidden(chunks, list(torch.from_numpy(tokens).split(1)))
     local: tuple[int, np.ndarray] | None = None

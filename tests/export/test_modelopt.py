@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from megaqad.export.manifest import MANIFEST_FILE, tensor_digest
 from megaqad.models.description import describe_model
 from megaqad.models.rows import linear_modules
-from megaqad.runtime.parallel import ParallelSizes
+from megaqad.runtime.ranks import ParallelSizes
 from tests.export.export_runs import export_weights, refused_export
 from tests.export.modelopt_fixture import max_settings, modelopt_export
 from tests.models.checkpoints import CASES, make_checkpoint, random_tokens

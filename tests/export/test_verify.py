@@ -17,7 +17,7 @@ from megaqad.export.manifest import MANIFEST_FILE, file_digest, tensor_digest
 from megaqad.export.reference import StudentReference
 from megaqad.export.verify import Verification, VerificationError, verify
 from megaqad.nvfp4 import fake_quantize, quantize
-from megaqad.runtime.parallel import ParallelSizes
+from megaqad.runtime.ranks import ParallelSizes
 from tests.export.export_runs import calibrate_and_export
 from tests.models.checkpoints import CASES, make_checkpoint, random_tokens
 from tests.ranks import run_ranks

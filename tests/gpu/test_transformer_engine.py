@@ -16,7 +16,7 @@ TOKENS, INPUTS, OUTPUTS = 128, 256, 384
 
 @pytest.fixture
 def one_rank():
-    from megaqad.runtime.parallel import ParallelSizes, join_ranks, parallel
+    from megaqad.runtime.ranks import ParallelSizes, join_ranks, parallel
 
     join_ranks()
     with parallel(ParallelSizes()) as context:

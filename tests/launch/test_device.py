@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megaqad.errors import UserError
-from megaqad.runtime.parallel import local_device
+from megaqad.runtime.ranks import local_device
 
 
 @pytest.fixture

@@ -24,11 +24,11 @@ from megaqad.models.causal_lm import CausalLM
 from megaqad.models.description import describe_model
 from megaqad.models.hf_reader import ReadStatistics, load_weights
 from megaqad.models.hf_writer import iter_hf_tensors, save_pretrained
-from megaqad.runtime.parallel import ParallelContext, ParallelSizes, parallel
+from megaqad.runtime.ranks import Ranks, ParallelSizes, parallel
 
 
 def loaded_model(
-    folder: Path, context: ParallelContext, dtype: torch.dtype = torch.float32, **options: Any
+    folder: Path, context: Ranks, dtype: torch.dtype = torch.float32, **options: Any
 ) -> list[CausalLM]:
     """Chunks with every parameter poisoned first, so that one that is not loaded shows."""
     description = describe_model(folder)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from megaqad.errors import UserError
 from megaqad.models.checks import check_checkpoint, check_layout, check_sequence_length
 from megaqad.models.description import describe_model
-from megaqad.runtime.parallel import ParallelSizes
+from megaqad.runtime.ranks import ParallelSizes
 from tests.models.checkpoints import make_checkpoint
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megaqad.runtime.parallel import ParallelSizes
+from megaqad.runtime.ranks import ParallelSizes
 from tests.models.checkpoints import CASES, make_checkpoint, random_tokens
 from tests.models.megatron_runs import logit_gradients
 from tests.ranks import run_ranks

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaqad.runtime.parallel import ParallelSizes
+from megaqad.runtime.ranks import ParallelSizes
 from tests.models.checkpoints import CASES, make_checkpoint, random_tokens, transformers_logits
 from tests.models.megatron_runs import local_logits, whole_logits
 from tests.ranks import run_ranks

@@ -11,7 +11,7 @@ import torch
 from megaqad.models.build import copy_model
 from megaqad.models.description import describe_model
 from megaqad.models.modules import CausalAttention, RMSNorm, rotary_frequencies
-from megaqad.runtime.parallel import ParallelSizes, parallel
+from megaqad.runtime.ranks import ParallelSizes, parallel
 from tests.models.checkpoints import CASES, hf_config, make_checkpoint, random_tokens
 from tests.models.megatron_runs import loaded_model, run_hidden
 from tests.ranks import run_ranks

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from megaqad.models.description import describe_model
 from megaqad.models.rows import hf_tensors
-from megaqad.runtime.parallel import ParallelSizes
+from megaqad.runtime.ranks import ParallelSizes
 from tests.models.checkpoints import make_checkpoint
 from tests.models.megatron_runs import refused_round_trip, round_trip
 from tests.ranks import run_ranks

@@ -8,7 +8,7 @@ from megaqad.commands.session import Session
 from megaqad.config import load_settings
 from megaqad.models.causal_lm import CausalLM
 from megaqad.quantization.state import cache_amaxes, input_amaxes
-from megaqad.runtime.parallel import shutdown_parallel
+from megaqad.runtime.ranks import shutdown_parallel
 from tests.distillation.runs import SMALL_RUN, run_command
 from tests.models.checkpoints import make_checkpoint
 

@@ -8,7 +8,7 @@ def loss_parts(rank, world_size, sequence):
     """The head's weight, gradients of a loss through hidden states and head, and the calibrated amax."""
     from megaqad.quantization.calibrate import calibrate
     from megaqad.quantization.state import quantized_caches
-    from megaqad.runtime.parallel import ParallelSizes, parallel
+    from megaqad.runtime.ranks import ParallelSizes, parallel
     from tests.quantization.models import small_quantized_model
 
     with parallel(ParallelSizes(tensor=world_size, sequence=sequence), seed=3) as context:
@@ -71,7 +71,7 @@ def attention_parts(rank, world_size, kv_format):
     from megaqad.quantization.formats import cache_number
     from megaqad.quantization.layers import QuantizerMode
     from megaqad.quantization.numbers import number_format
-    from megaqad.runtime.parallel import ParallelSizes, parallel
+    from megaqad.runtime.ranks import ParallelSizes, parallel
 
     with parallel(ParallelSizes()):
         config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4)

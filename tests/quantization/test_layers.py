@@ -62,7 +62,7 @@ def parallel_layer(rank, world_size, kind, sequence, activations):
     from megaqad.models.rows import LinearSite
     from megaqad.quantization.calibrate import calibrate
     from megaqad.quantization.layers import NVFP4ColumnParallelLinear, NVFP4RowParallelLinear, QuantizerMode
-    from megaqad.runtime.parallel import ParallelSizes, parallel
+    from megaqad.runtime.ranks import ParallelSizes, parallel
 
     with parallel(ParallelSizes(tensor=world_size, sequence=sequence)) as context:
         config = TransformerConfig(
@@ -132,7 +132,7 @@ def test_parallel_equals_dense(run_ranks, kind, ranks, sequence, activations):
 def grown_weight(rank, world_size):
     """Largest quantized weight before and after one weight grows tenfold."""
     from megaqad.quantization.state import quantized_linears, refresh_weights
-    from megaqad.runtime.parallel import ParallelSizes, parallel
+    from megaqad.runtime.ranks import ParallelSizes, parallel
     from tests.quantization.models import small_quantized_model
 
     with parallel(ParallelSizes(tensor=world_size)) as context:

@@ -12,7 +12,7 @@ from megaqad.models.description import describe_model
 from megaqad.quantization.modelopt_recipe import _shipped, translate
 from megaqad.quantization.recipe import own_format, recipe_for
 from megaqad.quantization.settings import QuantizationSettings
-from megaqad.runtime.parallel import ParallelSizes
+from megaqad.runtime.ranks import ParallelSizes
 from tests.export.export_runs import export_weights
 from tests.export.modelopt_fixture import modelopt_export
 from tests.models.checkpoints import CASES, make_checkpoint, random_tokens

@@ -27,7 +27,7 @@ def train_once(rank, world_size, packs, dtype, options):
     from megaqad.distillation.forward import forward_hidden
     from megaqad.quantization.calibrate import calibrate
     from megaqad.quantization.state import quantized_linears
-    from megaqad.runtime.parallel import ParallelSizes, parallel
+    from megaqad.runtime.ranks import ParallelSizes, parallel
     from tests.quantization.models import small_quantized_model
 
     with parallel(ParallelSizes(tensor=world_size, sequence=options["sequence"])) as context:
@@ -72,7 +72,7 @@ def bytes_of_one_layer(rank, world_size, packs, needs_gradient):
     """Bytes saved by one W4A4 layer in BF16 beside its weight."""
     from megaqad.quantization.calibrate import calibrate
     from megaqad.quantization.state import quantized_linears
-    from megaqad.runtime.parallel import ParallelSizes, parallel
+    from megaqad.runtime.ranks import ParallelSizes, parallel
     from tests.quantization.models import small_quantized_model
 
     with parallel(ParallelSizes(tensor=world_size)) as context:

@@ -90,7 +90,7 @@ def exported(rank, world, folder, sizes, options):
     """Calibrate, maybe spoil the weights, export; what the forward pass multiplied with, by module name."""
     from megaqad.export.checkpoint import Quantization, export_checkpoint
     from megaqad.quantization.state import input_amaxes, quantized_linears, refresh_weights
-    from megaqad.runtime.parallel import parallel
+    from megaqad.runtime.ranks import parallel
     from tests.quantization.models import calibrated_student
 
     with parallel(sizes) as context:

@@ -150,7 +150,7 @@ def compare(rank, world_size):
     from megaqad.distillation.forward import forward_hidden
     from megaqad.quantization.layers import QuantizerMode
     from megaqad.quantization.state import quantized_linears, refresh_weights, set_mode
-    from megaqad.runtime.parallel import ParallelSizes, parallel
+    from megaqad.runtime.ranks import ParallelSizes, parallel
     from megaqad.training.pieces import model_pieces
 
     with parallel(ParallelSizes()) as context:
@@ -204,7 +204,7 @@ def copied_layers(rank, world_size, folder):
     from megaqad.models.description import describe_model
     from megaqad.quantization.recipe import recipe_for
     from megaqad.quantization.state import quantized_linears
-    from megaqad.runtime.parallel import ParallelSizes, parallel
+    from megaqad.runtime.ranks import ParallelSizes, parallel
 
     with parallel(ParallelSizes()) as context:
         engine, _, _ = both_backends(context)

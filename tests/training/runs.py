@@ -11,7 +11,7 @@ from megaqad.commands.students import train_student
 from megaqad.config import check_settings, load_settings
 from megaqad.distillation.step import Objective
 from megaqad.errors import UserError
-from megaqad.runtime.parallel import shutdown_parallel
+from megaqad.runtime.ranks import shutdown_parallel
 from megaqad.training.checkpoint import CheckpointState, latest_checkpoint, layout_of, load_checkpoint
 from megaqad.training.optimizer import build_optimizer, wrap_for_training
 from megaqad.training.pieces import updates_done

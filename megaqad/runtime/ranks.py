@@ -1,7 +1,10 @@
-"""Ranks laid out as tensor x pipeline x data parallel groups, and the handle by which all code reaches them.
+"""Ranks laid out as tensor x pipeline x data x expert parallel groups, and the handle by which all code reaches them.
 
 ``initialize_parallel`` joins the ranks (started by torchrun, srun or ``launch.py``) and builds Megatron-Core's
-process groups. The returned ``ParallelContext`` is passed explicitly; nothing in megaqad asks a global for a group.
+process groups. A model carries the returned ``Ranks``; nothing in megaqad asks a global for a group.
+
+Ranks are numbered tensor-parallel first, then data-parallel, then pipeline stages. Expert-parallel ranks are
+neighbouring data-parallel ranks: each has its own tokens and some of the experts.
 """
 
 import datetime
@@ -22,13 +25,13 @@ from megaqad.errors import UserError
 from megaqad.runtime.cpu import enable_cpu_device
 from megaqad.runtime.sizes import ParallelSizes
 
-__all__ = ["ParallelContext", "ParallelSizes", "initialize_parallel", "join_ranks", "parallel", "shutdown_parallel"]
+__all__ = ["ParallelSizes", "Ranks", "initialize_parallel", "join_ranks", "parallel", "shutdown_parallel"]
 
 ATTEMPT_VARIABLE = "MEGAQAD_ATTEMPT"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelContext:
+class Ranks:
     """This rank's place in the layout, with the process groups to talk over."""
 
     sizes: ParallelSizes
@@ -64,6 +67,24 @@ class ParallelContext:
     @property
     def data_size(self) -> int:
         return self.groups.dp.size()
+
+    @property
+    def expert_rank(self) -> int:
+        """Among the ranks that share the experts of a layer."""
+        return self.groups.ep.rank()
+
+    @property
+    def expert_group(self) -> dist.ProcessGroup:
+        return self.groups.ep
+
+    @property
+    def expert_data_group(self) -> dist.ProcessGroup:
+        """The ranks that hold copies of the same experts."""
+        return self.groups.expt_dp
+
+    def rank_of(self, *, stage: int, expert_rank: int = 0) -> int:
+        """Global rank of the first tensor-parallel rank of a stage, of the first copy of the experts there."""
+        return stage * (self.world_size // self.sizes.pipeline) + expert_rank * self.sizes.tensor
 
     @property
     def is_first_stage(self) -> bool:
@@ -136,7 +157,7 @@ def _shared_store(rank: int, world_size: int, timeout: datetime.timedelta) -> di
     return store if attempt is None else dist.PrefixStore(f"attempt_{attempt}", store)
 
 
-def initialize_parallel(sizes: ParallelSizes, *, seed: int = 0) -> ParallelContext:
+def initialize_parallel(sizes: ParallelSizes, *, seed: int = 0) -> Ranks:
     """Build the process groups of ``sizes`` over the default group (already joined) and seed every rank.
 
     Model parallel ranks of one data parallel replica share the seed except where Megatron-Core's RNG tracker
@@ -160,7 +181,7 @@ def initialize_parallel(sizes: ParallelSizes, *, seed: int = 0) -> ParallelConte
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    return ParallelContext(
+    return Ranks(
         sizes=sizes,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         rank=dist.get_rank(),
@@ -175,7 +196,7 @@ def shutdown_parallel() -> None:
 
 
 @contextmanager
-def parallel(sizes: ParallelSizes, *, seed: int = 0) -> Iterator[ParallelContext]:
+def parallel(sizes: ParallelSizes, *, seed: int = 0) -> Iterator[Ranks]:
     """``initialize_parallel`` for the length of a ``with`` block."""
     context = initialize_parallel(sizes, seed=seed)
     try:

@@ -1,0 +1,72 @@
+"""Rotary position embeddings: what a family says of them, and the tables that attention multiplies with.
+
+The frequencies of the scaled forms (linear, dynamic, yarn, llama3, longrope) come from transformers' own functions, so
+that they are the numbers that every reader of the checkpoint computes with.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rotary:
+    """One rotary embedding; layers that share it share the object."""
+
+    dim: int
+    """Leading dims of a head that are rotated."""
+    theta: float
+    kind: str
+    """transformers' ``rope_type``."""
+    config: Any
+    """transformers' configuration of the model, which its functions read."""
+    layer_type: str | None = None
+    """Whose settings are meant where the configuration has several."""
+
+    def frequencies(self, length: int) -> tuple[Tensor, float]:
+        """Inverse frequencies float32 [dim / 2] for sequences of ``length``, and what cosines and sines are multiplied
+        by."""
+        if self.kind == "default":
+            steps = torch.arange(0, self.dim, 2, dtype=torch.int64).float() / self.dim
+            return 1.0 / (self.theta**steps), 1.0
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        kinds = {} if self.layer_type is None else {"layer_type": self.layer_type}
+        inverse, scaling = ROPE_INIT_FUNCTIONS[self.kind](self.config, torch.device("cpu"), seq_len=length, **kinds)
+        return inverse, float(scaling)
+
+    def table(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions 0 to length - 1: [s, 1, 1, dim] each, computed in FP32."""
+        inverse, scaling = self.frequencies(length)
+        inverse = inverse.to(device)
+        angles = torch.outer(torch.arange(length, device=device, dtype=inverse.dtype), inverse)
+        both = torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        return (both.cos() * scaling).to(dtype), (both.sin() * scaling).to(dtype)
+
+
+class Tables:
+    """The tables of one chunk, kept for the length that was asked for last."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Rotary, tuple[int, tuple[Tensor, Tensor]]] = {}
+        self.length = 0
+        """Of the sequences of the current microbatch, on all tensor-parallel ranks together."""
+
+    def of(self, rotary: Rotary, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``Rotary.table`` for sequences of ``length``."""
+        length, table = self._kept.get(rotary, (0, None))
+        if table is None or length != self.length or table[0].dtype is not dtype:
+            table = rotary.table(self.length, dtype, device)
+            self._kept[rotary] = (self.length, table)
+        return table
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """``x`` [s, b, n, d] with its leading dims rotated, halves against halves."""
+    cos, sin = table
+    turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    turned = (turned * cos) + (torch.cat((-second, first), dim=-1) * sin)
+    return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned

@@ -1,0 +1,27 @@
+"""Tensors of the original checkpoint that its model does not compute with: heads for several tokens, vision towers.
+
+They go to the export as they are, so that whoever loads it finds what the original had.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from megaqad.models.architecture import Architecture
+from megaqad.models.checkpoint_files import TensorEntry, read_headers
+from megaqad.models.checks import unused_tensors
+
+
+def carried_tensors(architecture: Architecture, model_dir: Path) -> dict[str, TensorEntry]:
+    """Those that ``model_dir`` holds, in its order."""
+    found = read_headers(Path(model_dir))
+    return {name: found[name] for name in unused_tensors(architecture, found)}
+
+
+def read_carried(entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor), one at a time."""
+    for name, entry in entries.items():
+        with safe_open(entry.file, framework="pt") as file:
+            yield name, file.get_tensor(name)

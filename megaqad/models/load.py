@@ -1,0 +1,110 @@
+"""Fill a model from safetensors files, each rank reading only the slices it holds.
+
+safetensors maps the file and copies just the rows or columns asked for, so a rank's peak is its own shard plus one
+slice. A row-parallel weight is cut along dim 1; the file is row-major, so its slice is gathered row by row from the
+map, which the operating system reads ahead.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megaqad.models.architecture import Architecture
+from megaqad.models.checkpoint_files import read_headers
+from megaqad.models.model import Model
+from megaqad.models.weights import HfTensor, Weight
+
+
+@dataclass
+class ReadStatistics:
+    """What one rank took from the files."""
+
+    bytes_read: int = 0
+    largest_bytes: int = 0
+    """The largest single slice."""
+    tensors: int = 0
+
+
+class SliceReader:
+    """Open files of one checkpoint, closed when the reader's ``with`` block ends."""
+
+    def __init__(self, model_dir: Path, rank: int, ranks: int) -> None:
+        """``rank`` of ``ranks``: among those that divide each tensor."""
+        self._files = {name: entry.file for name, entry in read_headers(model_dir).items()}
+        self._open: dict[Path, Any] = {}
+        self._stack = ExitStack()
+        self._rank, self._ranks = rank, ranks
+        self.statistics = ReadStatistics()
+
+    def __enter__(self) -> "SliceReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def fill(self, weight: Weight, local: Tensor) -> None:
+        """Write this rank's slices of a weight into its local tensor, cast to its dtype."""
+        weight.fill(local, [self.read(part) for part in weight.parts], self._ranks)
+
+    def read(self, part: HfTensor) -> Tensor:
+        """This rank's slice of one tensor, in the file's dtype, on the CPU."""
+        path = self._files[part.name]
+        if path not in self._open:
+            self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+        box = part.box(self._rank, self._ranks)
+        tensor: Tensor = self._open[path].get_slice(part.name)[tuple(slice(start, stop) for start, stop in box)]
+        self.statistics.bytes_read += tensor.nbytes
+        self.statistics.largest_bytes = max(self.statistics.largest_bytes, tensor.nbytes)
+        self.statistics.tensors += 1
+        return tensor
+
+
+@torch.no_grad()
+def load_weights(model: Model, model_dir: Path) -> ReadStatistics:
+    """Fill every parameter of this rank's chunks from ``model_dir``; cast to the parameters' dtype.
+
+    Call ``check_checkpoint`` first: it turns a wrong file into a clear message. No collectives, so ranks read at
+    their own pace; then those of ``Model.changed``. A tied head that lives on its own stage is read from the embedding.
+
+    Returns:
+        What this rank read.
+    """
+    with SliceReader(Path(model_dir), model.ranks.tensor_rank, model.ranks.sizes.tensor) as reader:
+        for held in model.held:
+            reader.fill(held.weight, held.data)
+    model.changed()
+    return reader.statistics
+
+
+@torch.no_grad()
+def original_values(model: Model, model_dir: Path) -> list[tuple[Tensor, Tensor]]:
+    """What ``model_dir`` holds of each parameter that is trained: the values that ``load_weights`` would give it.
+
+    Args:
+        model: with ``requires_grad`` on what is trained; its own values are not looked at. Learned scales are no part
+            of a checkpoint and are left out.
+
+    Returns:
+        Each parameter with a tensor of its own shape, dtype, device and sharding. No collectives.
+    """
+    originals: dict[Tensor, Tensor] = {}
+    with SliceReader(Path(model_dir), model.ranks.tensor_rank, model.ranks.sizes.tensor) as reader:
+        for held in model.held:
+            if held.parameter.requires_grad:
+                original = originals.setdefault(held.parameter, torch.empty_like(held.parameter.data))
+                reader.fill(held.weight, held.slice_of(original))
+    return list(originals.items())
+
+
+def load_head(architecture: Architecture, model_dir: Path, rank: int, ranks: int, dtype: torch.dtype) -> Tensor:
+    """Tensor-parallel ``rank``'s rows of the output head [real rows, h], as ``CausalLM.head_weight`` has them.
+
+    For a run that has last hidden states already and needs nothing else of the model. On the CPU; no collectives.
+    """
+    with SliceReader(Path(model_dir), rank, ranks) as reader:
+        return reader.read(architecture.weights[-1].parts[0]).to(dtype)
