@@ -111,8 +111,8 @@ def _fill_silent(found: Sequence[Observed], reduced: list[Tensor]) -> list[str]:
     for index, (one, amax) in enumerate(zip(found, reduced, strict=True)):
         zero = amax == 0
         silent += [name for name, none in zip(one.names, zero.reshape(-1).tolist(), strict=True) if none]
-        fallback = torch.where(layers[index] > 0, layers[index], FALLBACK).reshape(())
-        reduced[index] = torch.where(zero, fallback, amax)
+        of_layer = torch.where(layers[index] > 0, layers[index], FALLBACK).reshape(())
+        reduced[index] = of_layer.expand_as(amax) if one.shared else torch.where(zero, of_layer, amax)
     return silent
 
 

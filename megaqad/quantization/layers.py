@@ -64,7 +64,7 @@ class _PackedFakeQuantize(torch.autograd.Function):
         return grads[0], None
 
 
-class _PackedInput:
+class PackedInput:
     """A fake-quantized input, and the hooks by which whatever saves it for backward saves its packed form.
 
     The packed tensors belong to the graph node that made the input, so that hooks further out (offloading, counting)
@@ -184,7 +184,7 @@ class QuantizedLinear(WeightSite):
             activations = self.quantization.activations
             saves_input = torch.is_grad_enabled() and weight.requires_grad
             if activations == "nvfp4" and self.packs_inputs and saves_input:
-                packed = _PackedInput(input, self.amax_of(input))
+                packed = PackedInput(input, self.amax_of(input))
                 with packed.saving():
                     return super()._forward_impl(packed.values, weight, *args, **kwargs)  # type: ignore[misc]
             if activations != "none":

@@ -15,10 +15,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from megaqad.models.architecture import Architecture
+from megaqad.models.blocks.block import Builder
+from megaqad.models.blocks.experts import GroupedLinear
 from megaqad.models.build import build_model, copy_model
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.model import Model, QuantizerParameter
 from megaqad.models.weights import Weight
+from megaqad.quantization.experts import QuantizedExperts
 from megaqad.quantization.head import HeadSite
 from megaqad.quantization.layers import NVFP4ColumnParallelLinear, NVFP4RowParallelLinear, QuantizedLinear
 from megaqad.quantization.numbers import EXPORT_DTYPE
@@ -55,6 +58,20 @@ class QuantizedChoices:
 
             return dict(transformer_engine_layers())
         return {"column": NVFP4ColumnParallelLinear, "row": NVFP4RowParallelLinear}
+
+    def experts(self, weights: Sequence[Weight], builder: Builder) -> nn.Module:
+        chosen = self.plan.format_of(weights[0])
+        if chosen is None:
+            return GroupedLinear(weights, builder)
+        ranks = self.ranks
+        return QuantizedExperts(
+            weights,
+            builder,
+            chosen,
+            self.plan.scaling,
+            observes=(ranks.tensor_group, ranks.expert_data_group),
+            siblings=(ranks.expert_group,),
+        )
 
     def cache(self, key: str, value: str) -> nn.Module | None:
         if self.plan.kv_cache == "none":
@@ -223,6 +240,9 @@ def quantization_errors(model: Model) -> list[WeightError]:
     if layers:
         sums = torch.stack([layer.squared_errors() for layer in layers])  # [layers, 2]
         dist.all_reduce(sums, group=ranks.tensor_group)
+        for layer, one in zip(layers, sums, strict=True):
+            if layer.weights[0].expert is not None:
+                dist.all_reduce(one, group=ranks.expert_group)
         errors = (sums[:, 0] / sums[:, 1].clamp_min(torch.finfo(torch.float64).tiny)).sqrt().tolist()
         for layer, error in zip(layers, errors, strict=True):
             index = layer.weights[0].layer

@@ -110,6 +110,7 @@ def plan_for(settings: QuantizationSettings, architecture: Architecture, tensor:
             f"add '{architecture.head}' to quantization.exclude"
         )
     _check_cache(settings, architecture)
+    _check_experts(settings, architecture, formats)
     kept = {name: chosen for name, chosen in formats.items() if name not in set(misfits)}
     if settings.weights != "none" and not kept:
         raise UserError("the recipe quantizes no module: widen quantization.include, or say quantization=none")
@@ -223,4 +224,23 @@ def _check_cache(settings: QuantizationSettings, architecture: Architecture) -> 
             raise UserError(
                 f"quantization.kv_cache={kv_cache} needs heads of a multiple of {block}, this model's head_dim is "
                 f"{attention.head_dim}: set quantization.kv_cache={kv_cache.replace('nvfp4', 'fp8')}"
+            )
+
+
+def _check_experts(
+    settings: QuantizationSettings, architecture: Architecture, formats: Mapping[str, LinearFormat]
+) -> None:
+    """What the experts of a layer, one site, do not have."""
+    experts = [weight.modules[0] for weight in architecture.linears if weight.expert is not None]
+    if not any(name in formats for name in experts):
+        return
+    for name, value, allowed in (
+        ("weight_scales", settings.weight_scales, "refreshed"),
+        ("activation_percentile", settings.activation_percentile, 100.0),
+        ("backend", settings.backend, "emulated"),
+    ):
+        if value != allowed:
+            raise UserError(
+                f"quantization.{name}={value} is not supported for experts: set quantization.{name}={allowed}, or "
+                "leave them in BF16 with quantization.exclude=['*.experts.*']"
             )

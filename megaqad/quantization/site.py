@@ -50,6 +50,8 @@ class Observed:
     percentile: float = 100.0
     layer_groups: tuple[dist.ProcessGroup, ...] = ()
     """The ranks that hold the other experts of the layer."""
+    shared: bool = False
+    """Whether all experts of the layer get its maximum."""
 
 
 class Site(nn.Module):

@@ -82,6 +82,11 @@ class Ranks:
         """The ranks that hold copies of the same experts."""
         return self.groups.expt_dp
 
+    def local_experts(self, count: int) -> range:
+        """Which of a layer's ``count`` experts are on this rank."""
+        each = count // self.sizes.expert
+        return range(self.expert_rank * each, (self.expert_rank + 1) * each)
+
     def rank_of(self, *, stage: int, expert_rank: int = 0) -> int:
         """Global rank of the first tensor-parallel rank of a stage, of the first copy of the experts there."""
         return stage * (self.world_size // self.sizes.pipeline) + expert_rank * self.sizes.tensor

@@ -28,6 +28,10 @@ class Choices(Protocol):
         """The module of a linear layer; built with the arguments of Megatron's parallel linear layers."""
         ...
 
+    def experts(self, weights: Sequence[Weight], builder: "Builder") -> nn.Module:
+        """The linear layers of one rank's experts as one module: (rows [t, in], rows of each) -> [t, out]."""
+        ...
+
     def cache(self, key: str, value: str) -> nn.Module | None:
         """What rounds the keys and values that attention sees, given the modules that make them: a module called with
         (key, value) that returns both; None leaves them alone."""
@@ -41,6 +45,11 @@ class PlainChoices:
         from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
         return RowParallelLinear if weight.row_parallel else ColumnParallelLinear
+
+    def experts(self, weights: Sequence[Weight], builder: "Builder") -> nn.Module:
+        from megaqad.models.blocks.experts import GroupedLinear
+
+        return GroupedLinear(weights, builder)
 
     def cache(self, key: str, value: str) -> nn.Module | None:
         return None
@@ -57,6 +66,10 @@ class Builder:
     @property
     def device(self) -> torch.device:
         return torch.device(torch.cuda.current_device())  # on a machine without a GPU ``runtime/cpu.py`` says cpu
+
+    def grouped_linear(self, weights: Sequence[Weight]) -> nn.Module:
+        """The linear layers of this rank's experts."""
+        return self.choices.experts(weights, self)
 
     def linear(self, weight: Weight, *, bias: bool = False) -> nn.Module:
         """The parallel linear layer of ``weight``: columns of its output or rows of its input are divided.

@@ -10,6 +10,7 @@ from megaqad.errors import UserError
 from megaqad.models.architecture import Architecture, Layer, Residual
 from megaqad.models.blocks.attention import Attention
 from megaqad.models.blocks.block import Block
+from megaqad.models.blocks.experts import Experts
 from megaqad.models.blocks.mlp import Mlp, activation_of
 from megaqad.models.blocks.norm import Norm, Order
 from megaqad.models.blocks.rotary import Rotary
@@ -66,6 +67,23 @@ def mlp(config: Any, layer: int, **changes: Any) -> Mlp:
             "module": f"model.layers.{layer}.mlp",
             "hidden": config.hidden_size,
             "ffn": config.intermediate_size,
+            "activation": activation(config.hidden_act),
+            **changes,
+        }
+    )
+
+
+def experts(config: Any, layer: int, **changes: Any) -> Experts:
+    """``model.layers.N.mlp`` with a router and experts; ``changes`` are fields of ``Experts``."""
+    settings = config.to_dict()
+    return Experts(
+        **{
+            "module": f"model.layers.{layer}.mlp",
+            "hidden": config.hidden_size,
+            "ffn": settings.get("moe_intermediate_size"),
+            "count": config.num_experts,
+            "top_k": config.num_experts_per_tok,
+            "normalize": bool(settings.get("norm_topk_prob")),
             "activation": activation(config.hidden_act),
             **changes,
         }
