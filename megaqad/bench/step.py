@@ -70,9 +70,9 @@ class TimedStep(DistillationStep):
         with self._timed("teacher forward"):
             return super()._with_teacher(micro_batches)
 
-    def _forward_backward(self, micro_batches: list[Batch]) -> list[Tensor]:
+    def _forward_backward(self, micro_batches: list[Batch], *, force_all_reduce: bool = False) -> list[Tensor]:
         with self._timed("backward"):  # forward and loss are taken off afterwards
-            return super()._forward_backward(micro_batches)
+            return super()._forward_backward(micro_batches, force_all_reduce=force_all_reduce)
 
     def _forward_step(self, batches: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
         with self._timed("student forward"):

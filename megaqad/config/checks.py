@@ -172,8 +172,11 @@ def _check_world(settings: Settings) -> None:
             f"parallel.context={parallel.context} needs Transformer Engine's attention, which this build does not use: "
             "set parallel.context=1"
         )
-    if parallel.expert > 1:
-        raise UserError(f"parallel.expert={parallel.expert} needs a mixture-of-experts model: set parallel.expert=1")
+    if data_parallel_size(settings) % parallel.expert:
+        raise UserError(
+            f"parallel.expert={parallel.expert} divides experts among data-parallel replicas, of which there are "
+            f"{data_parallel_size(settings)}: make parallel.data a multiple of it"
+        )
     if parallel.sequence and parallel.tensor == 1:
         raise UserError("parallel.sequence=true divides work among tensor-parallel ranks: set parallel.tensor above 1")
 

@@ -16,7 +16,8 @@ class ParallelSettings(ParallelSizes):
     """Settings under ``parallel.``: how the model and its batches are divided among ranks."""
 
     data: int = 1
-    """Model replicas when a command starts its own ranks. Under torchrun or srun the world decides."""
+    """Model replicas when a command starts its own ranks, ``parallel.expert`` at least. Under torchrun or srun the world
+    decides."""
 
 
 @dataclass(frozen=True)
@@ -198,4 +199,4 @@ class Settings:
     def local_ranks(self) -> int:
         """Ranks a plainly started command needs on this machine."""
         parallel = self.parallel
-        return parallel.tensor * parallel.pipeline * parallel.context * parallel.data
+        return parallel.tensor * parallel.pipeline * parallel.context * max(parallel.data, parallel.expert)

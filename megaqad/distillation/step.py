@@ -150,7 +150,9 @@ class DistillationStep:
         dist.all_reduce(counts, group=self.ranks.data_group)
         return counts[0], int(counts[1].item())
 
-    def _forward_backward(self, micro_batches: list[Batch]) -> list[Tensor]:
+    def _forward_backward(self, micro_batches: list[Batch], *, force_all_reduce: bool = False) -> list[Tensor]:
+        """Losses of the microbatches on the last stage; gradients in the buffers, each data-parallel rank its share, or
+        with ``force_all_reduce`` all of it."""
         batch_size, length = micro_batches[0].tokens.shape
         return run_schedule(
             self.ranks,
@@ -160,6 +162,7 @@ class DistillationStep:
             config=self.model.chunks[0].config,
             shape=(batch_size, length),
             forward_only=False,
+            force_all_reduce=force_all_reduce,
         )
 
     def _forward_step(self, batches: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
@@ -173,10 +176,12 @@ class DistillationStep:
 
         return model(batch.tokens), loss_of
 
-    def _finish_gradients(self, chunks: list[DistributedDataParallel], *_: Any, **__: Any) -> None:
+    def _finish_gradients(
+        self, chunks: list[DistributedDataParallel], *_: Any, force_all_reduce: bool = False, **__: Any
+    ) -> None:
         """What Megatron-Core's schedules call when the last gradient is there: reduce over data, embedding and
         sequence-parallel ranks, then divide by the weights of the global batch."""
-        finalize_model_grads(chunks, None, pg_collection=self.ranks.groups)
+        finalize_model_grads(chunks, None, pg_collection=self.ranks.groups, force_all_reduce=force_all_reduce)
         sum_shared_gradients(self.model)
         if self._weight_sum > 0:
             for chunk in chunks:

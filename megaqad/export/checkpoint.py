@@ -47,8 +47,8 @@ class QuantizedConversion:
 
     plan: QuantizationPlan
     layout: CheckpointLayout
-    sites: Mapping[Weight, WeightSite]
-    """Of the quantized weights on this rank."""
+    sites: Mapping[Weight, tuple[WeightSite, int]]
+    """Of the quantized weights on this rank, and which of the site's weights it is."""
     caches: Mapping[str, CacheSite]
     """Of the KV caches on this rank, by the module that makes the keys."""
     keys: Mapping[Weight, Attention]
@@ -59,9 +59,13 @@ class QuantizedConversion:
         """``model``: quantized by ``plan``, switched on."""
         by_part = {weight.parts: weight for weight in model.architecture.weights}
         by_part[model.architecture.head_weight.parts] = model.architecture.weights[-1]
-        held = {by_part[weight.parts]: site for site in weight_sites(model) for weight in site.weights}
+        sites = {
+            by_part[weight.parts]: (site, place)
+            for site in weight_sites(model)
+            for place, weight in enumerate(site.weights)
+        }
         keys = {by_part[attention.qkv.parts]: attention for attention in model.architecture.attentions}
-        return cls(plan, layout, held, {site.names[0]: site for site in cache_sites(model)}, keys)
+        return cls(plan, layout, sites, {site.names[0]: site for site in cache_sites(model)}, keys)
 
     def stored(self, weight: Weight) -> list[Stored]:
         chosen = self.plan.format_of(weight) if weight.linear or weight.layer is None else None
@@ -78,13 +82,13 @@ class QuantizedConversion:
 
     def convert(self, held: Held, shards: list[Tensor]) -> list[Tensor]:
         cast = [shard.to(EXPORT_DTYPE) for shard in shards]
-        site, ranks = self.sites.get(held.weight), held.ranks
-        tensors: list[Tensor] = []
-        if site is None:
-            tensors = cast
-        else:
-            for packed in site.stored(held.weight, cast, ranks):
-                tensors += self.layout.stored(site.quantization.weights, packed).values()
+        tensors: list[Tensor] = cast
+        if held.weight in self.sites:
+            site, place = self.sites[held.weight]
+            stored = site.stored(place, cast, held.ranks)
+            tensors = [
+                one for packed in stored for one in self.layout.stored(site.quantization.weights, packed).values()
+            ]
         attention = self.keys.get(held.weight)
         if attention is not None and self._cache_scales(held.weight):
             cache_site = self.caches[attention.key_module]

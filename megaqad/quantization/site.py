@@ -212,22 +212,21 @@ class WeightSite(Site):
         weight = self.export_weight().double()
         return torch.stack([(self.quantized_weight.double() - weight).square().sum(), weight.square().sum()])
 
-    def stored(self, weight: Weight, shards: Sequence[Tensor], ranks: tuple[int, int]) -> list[Packed]:
-        """What a checkpoint holds of one of ``weights``: for each of its parts this rank's tensors, by their ending.
+    def stored(self, place: int, shards: Sequence[Tensor], ranks: tuple[int, int]) -> list[Packed]:
+        """What a checkpoint holds of ``weights[place]``: for each of its parts this rank's tensors, by their ending.
 
         Args:
-            shards: this rank's part of each of ``weight.parts``, BF16 [N, K].
+            shards: this rank's part of each of the weight's parts, BF16 [N, K].
             ranks: (rank, ranks) among those that divide the weight.
         """
-        amax, block_amax = self.scales
+        weight, (amax, block_amax) = self.weights[place], self.scales
         if weight.expert is not None:
-            place = self.weights.index(weight)
             amax, block_amax = amax[place], None if block_amax is None else block_amax[place]
         blocks: Sequence[Tensor | None] = [None] * len(shards)
         if block_amax is not None:
             blocks = weight.take(block_amax, *ranks)
         return [
-            self._packed(shard, amax, block) | self._stored_input(weight)
+            self._packed(shard, amax, block) | self._stored_input(place)
             for shard, block in zip(shards, blocks, strict=True)
         ]
 
@@ -237,12 +236,11 @@ class WeightSite(Site):
         packed = quantize(shard, amax, block_amax=block_amax)
         return {"weight": packed.codes, "weight_scale": packed.block_scales, "weight_scale_2": packed.global_scale}
 
-    def _stored_input(self, weight: Weight) -> Packed:
+    def _stored_input(self, place: int) -> Packed:
         if not self.quantization.calibrates_inputs:
             return {}
         scale_of = global_scale_from_amax if self.quantization.activations == "nvfp4" else fp8_scale
-        amax = self.input_amax if weight.expert is None else self.input_amax[self.weights.index(weight)]
-        return {"input_scale": scale_of(amax)}
+        return {"input_scale": scale_of(self.input_amax if self.input_amax.dim() == 0 else self.input_amax[place])}
 
 
 class CacheSite(Site):

@@ -19,7 +19,7 @@ class ParallelSizes:
     context: int = 1
     """Ranks that share each sequence. Needs Transformer Engine's attention; 1 elsewhere."""
     expert: int = 1
-    """Ranks that share the experts of a mixture-of-experts layer."""
+    """Ranks that share the experts of a mixture-of-experts layer: neighbouring replicas, which exchange tokens."""
     sequence: bool = False
     """Divide the activations between the tensor-parallel regions along the sequence as well."""
 

@@ -27,9 +27,7 @@ from megaqad.models.hf_writer import iter_hf_tensors, save_pretrained
 from megaqad.runtime.ranks import Ranks, ParallelSizes, parallel
 
 
-def loaded_model(
-    folder: Path, context: Ranks, dtype: torch.dtype = torch.float32, **options: Any
-) -> list[CausalLM]:
+def loaded_model(folder: Path, context: Ranks, dtype: torch.dtype = torch.float32, **options: Any) -> list[CausalLM]:
     """Chunks with every parameter poisoned first, so that one that is not loaded shows."""
     description = describe_model(folder)
     chunks = build_model(description, transformer_config(description, context.sizes, dtype=dtype, **options), context)
