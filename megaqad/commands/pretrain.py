@@ -17,6 +17,7 @@ from megaqad.distillation.teachers import LiveTeacher
 from megaqad.evaluation import Evaluator
 from megaqad.models.model import Model
 from megaqad.models.write import save_pretrained
+from megaqad.training.freezing import balance_experts, freeze
 from megaqad.training.optimizer import build_optimizer, wrap_for_training
 from megaqad.training.run import TrainingRun
 
@@ -25,6 +26,8 @@ def pretrain(settings: Settings) -> None:
     """Every rank's part of the command."""
     session = Session.start(settings, command="pretrain")
     model = session.random_model()
+    freeze(model, settings.train.trainable, routers=settings.train.router != "frozen")
+    balance_experts(model, settings.train.router_balance)
     student = wrap_for_training(model)
     optimizer, scheduler = build_optimizer(student, settings.train, session.dtype)
 

@@ -20,7 +20,7 @@ from megaqad.quantization.site import QuantizerMode
 from megaqad.runtime.agree import on_main
 from megaqad.runtime.files import write_text_whole
 from megaqad.training.checkpoint import STATE_FILE, CheckpointState, damage, layout_of, read_state
-from megaqad.training.freezing import freeze
+from megaqad.training.freezing import balance_experts, freeze
 from megaqad.training.optimizer import build_optimizer, wrap_for_training
 from megaqad.training.position import Position
 from megaqad.training.run import TrainingRun
@@ -100,7 +100,8 @@ def train_student(session: Session, run_dir: Path, objective: Objective) -> Mode
     """
     settings = session.settings
     student = ptq_student(session)
-    freeze(student, settings.train.trainable)
+    freeze(student, settings.train.trainable, routers=settings.train.router == "trained")
+    balance_experts(student, settings.train.router_balance)
     wrapped = wrap_for_training(student)
     optimizer, scheduler = build_optimizer(
         wrapped, settings.train, session.dtype, scale_lr=settings.quantization.scale_lr or SCALE_LR

@@ -25,6 +25,7 @@ EXPORT_FORMATS = ("modelopt", "compressed_tensors")
 COMMANDS_THAT_DISTILL = ("demo", "recover", "distill")
 COMMANDS_WITH_DATA = ("demo", "recover", "quantize", "distill", "evaluate", "pretrain", "bench step")
 COMMANDS_WITH_TOKENS = ("demo", "recover", "verify", "logits")
+ROUTERS = ("auto", "frozen", "trained")
 WANDB_MODES = ("offline", "online", "disabled")
 
 
@@ -104,6 +105,7 @@ def _check_values(settings: Settings) -> None:
         ("runtime.dtype", settings.runtime.dtype, DTYPES),
         ("export.format", settings.export.format, EXPORT_FORMATS),
         ("logging.wandb.mode", settings.logging.wandb.mode, WANDB_MODES),
+        ("train.router", settings.train.router, ROUTERS),
     ):
         if value not in choices:
             raise UserError(f"{name}={value} is unknown: choose one of {', '.join(choices)}")

@@ -16,8 +16,8 @@ class ParallelSettings(ParallelSizes):
     """Settings under ``parallel.``: how the model and its batches are divided among ranks."""
 
     data: int = 1
-    """Model replicas when a command starts its own ranks, ``parallel.expert`` at least. Under torchrun or srun the world
-    decides."""
+    """Model replicas when a command starts its own ranks; at least ``parallel.expert``. Under torchrun or srun the
+    world decides."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,12 @@ class TrainSettings:
     trainable: list[str] = field(default_factory=lambda: ["*"])
     """What trains, shell-style patterns on Hugging Face names of tensors or modules; the rest stays as it is. Learned
     scales are ``<module>.weight_scale``, ``scales`` means all of them (``[scales]``: scale-only training)."""
+    router: str = "auto"
+    """Routers of experts: ``frozen``, so that the student routes by the teacher's weights; ``trained``, as far as
+    ``trainable`` names them; ``auto``: trained by ``pretrain``, frozen else."""
+    router_balance: float = 0.0
+    """Weight of a loss that keeps experts equally busy (Switch Transformers, arXiv 2101.03961, section 2.2), for
+    ``pretrain`` from random weights. Distillation needs none: the teacher's routing is what it keeps."""
     recompute: bool = False
     """Recompute each layer's activations in the backward pass instead of keeping them."""
     stop_after: str | None = None

@@ -115,6 +115,8 @@ class MixtureOfExperts(nn.Module):
         self.block, self.ranks = block, builder.ranks
         self.sequence_parallel: bool = builder.config.sequence_parallel
         self.router = _matrix(block.routes, builder)
+        self.balance = 0.0
+        """Weight of the balancing loss, per token."""
         mine = builder.ranks.local_experts(block.count)
         self.linear_fc1 = builder.grouped_linear([block.fc1(expert) for expert in mine])
         self.linear_fc2 = builder.grouped_linear([block.fc2(expert) for expert in mine])
@@ -174,11 +176,41 @@ class MixtureOfExperts(nn.Module):
         router = self.router
         if router.requires_grad:  # what comes back to it is a partial sum on each tensor-parallel rank
             router = copy_to_tensor_model_parallel_region(router, group=self.ranks.tensor_group)
-        logits = nn.functional.linear(tokens, router)
-        shares, chosen = logits.softmax(-1, dtype=torch.float32).topk(self.block.top_k, dim=-1)
+        scores = nn.functional.linear(tokens, router).softmax(-1, dtype=torch.float32)
+        shares, chosen = scores.topk(self.block.top_k, dim=-1)
+        if self.balance and torch.is_grad_enabled():
+            loss = balancing_loss(scores, chosen) * (self.balance * len(tokens) / self.ranks.sizes.tensor)
+            shares = _AddLoss.apply(shares, loss)
         if self.block.normalize:
             shares = shares / shares.sum(-1, keepdim=True)
         return shares.to(tokens.dtype), chosen
+
+
+def balancing_loss(scores: Tensor, chosen: Tensor) -> Tensor:
+    """Experts times the sum over them of (share of choices x mean score): 1 when all are equally busy.
+
+    Switch Transformers (arXiv 2101.03961), equation 4, over the tokens of one microbatch.
+
+    Args:
+        scores: [n, experts], of the router's softmax.
+        chosen: int64 [n, k].
+    """
+    experts = scores.shape[-1]
+    busy = torch.bincount(chosen.flatten(), minlength=experts) / chosen.numel()
+    return experts * (busy * scores.mean(0)).sum()
+
+
+class _AddLoss(torch.autograd.Function):
+    """Forward: the first argument. Backward: its gradient, and 1 for the loss, which is so added to the sum over tokens
+    that training minimises."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, loss: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], torch.ones((), dtype=torch.float32, device=grads[0].device)
 
 
 def _matrix(weight: Weight, builder: Builder) -> nn.Parameter:
