@@ -57,14 +57,9 @@ class QuantizedConversion:
     @classmethod
     def of(cls, model: Model, plan: QuantizationPlan, layout: CheckpointLayout) -> "QuantizedConversion":
         """``model``: quantized by ``plan``, switched on."""
-        by_part = {weight.parts: weight for weight in model.architecture.weights}
-        by_part[model.architecture.head_weight.parts] = model.architecture.weights[-1]
-        sites = {
-            by_part[weight.parts]: (site, place)
-            for site in weight_sites(model)
-            for place, weight in enumerate(site.weights)
-        }
-        keys = {by_part[attention.qkv.parts]: attention for attention in model.architecture.attentions}
+        sites = {weight: (site, place) for site in weight_sites(model) for place, weight in enumerate(site.weights)}
+        attentions = {attention.qkv.parts: attention for attention in model.architecture.attentions}
+        keys = {weight: attentions[weight.parts] for weight in model.architecture.linears if weight.parts in attentions}
         return cls(plan, layout, sites, {site.names[0]: site for site in cache_sites(model)}, keys)
 
     def stored(self, weight: Weight) -> list[Stored]:

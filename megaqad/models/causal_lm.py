@@ -9,6 +9,7 @@ because Megatron's vocabulary-parallel layers want equal parts. ``head_weight`` 
 needs a mask for rows that do not exist, and with them gone the padded rows get no gradient.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -40,7 +41,7 @@ class ResidualBranch(nn.Module):
     def __init__(self, branch: Residual, builder: Builder) -> None:
         super().__init__()
         self.norm_before = None if branch.norm_before is None else branch.norm_before.build(builder)
-        self.block = branch.block.build(builder)
+        self.block = branch.block.build(builder.within(branch.name).within("block"))
         self.norm_after = None if branch.norm_after is None else branch.norm_after.build(builder)
         self.multiplier = branch.multiplier
 
@@ -63,7 +64,7 @@ class DecoderLayer(nn.Module):
         self.index = layer.index
         """In the model, from 0."""
         for branch in layer.branches:
-            self.add_module(branch.name, ResidualBranch(branch, builder))
+            self.add_module(branch.name, ResidualBranch(branch, replace(builder, layer=layer.index)))
 
     def forward(self, hidden: Tensor, tables: Tables) -> Tensor:
         for branch in self.children():

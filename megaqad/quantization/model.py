@@ -247,7 +247,7 @@ def quantization_errors(model: Model) -> list[WeightError]:
         for layer, error in zip(layers, errors, strict=True):
             index = layer.weights[0].layer
             place = model.architecture.num_layers if index is None else index
-            local.append((place, WeightError(", ".join(layer.module_names), error, layer.quantization.facts.bits)))
+            local.append((place, WeightError(layer.title, error, layer.quantization.facts.bits)))
     gathered: list[list[tuple[int, WeightError]]] = [[] for _ in range(ranks.sizes.pipeline)]
     dist.all_gather_object(gathered, local, group=ranks.pipeline_group)
     by_layer = sorted((row for rows in gathered for row in rows), key=lambda row: row[0])  # stable within a layer

@@ -9,6 +9,7 @@ a quantized copy of its weight, made once per optimizer step, with inputs rounde
 calibrated or each token's own; its weight's follows from the weight as it is, by the method that the recipe names.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -111,6 +112,15 @@ class WeightSite(Site):
         self.register_buffer("input_amax", amax)
         self._quantized_weight: Tensor | None = None
         self._scales: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def title(self) -> str:
+        """Names of its modules for people: ``*`` stands for the number of an expert."""
+        first = self.weights[0]
+        names = first.modules
+        if first.expert is not None:
+            names = tuple(re.sub(rf"\.{first.expert}\.([^.]+)$", r".*.\1", name) for name in names)
+        return ", ".join(names)
 
     @property
     def module_names(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ import, is imported only where modules are built.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -62,6 +62,18 @@ class Builder:
     config: "TransformerConfig"
     ranks: "Ranks"
     choices: Choices
+    layer: int | None = None
+    """Index of the layer that is built."""
+    prefix: str = ""
+    """Of the names of a block's weights within the layer."""
+
+    def within(self, name: str) -> "Builder":
+        """For what is built inside the module ``name``."""
+        return replace(self, prefix=f"{self.prefix}{name}.")
+
+    def placed(self, weight: Weight) -> Weight:
+        """A block's own weight as the architecture lists it."""
+        return replace(weight, name=self.prefix + weight.name, layer=self.layer)
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +81,7 @@ class Builder:
 
     def grouped_linear(self, weights: Sequence[Weight]) -> nn.Module:
         """The linear layers of this rank's experts."""
-        return self.choices.experts(weights, self)
+        return self.choices.experts([self.placed(weight) for weight in weights], self)
 
     def linear(self, weight: Weight, *, bias: bool = False) -> nn.Module:
         """The parallel linear layer of ``weight``: columns of its output or rows of its input are divided.
@@ -88,7 +100,7 @@ class Builder:
             own = {"init_method": self.config.init_method, "gather_output": False}
             rows *= ranks
         module: nn.Module = build_module(
-            self.choices.linear(weight),
+            self.choices.linear(self.placed(weight)),
             weight.parts[0].size[1],
             rows,
             config=self.config,

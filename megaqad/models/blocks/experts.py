@@ -120,7 +120,7 @@ class MixtureOfExperts(nn.Module):
         mine = builder.ranks.local_experts(block.count)
         self.linear_fc1 = builder.grouped_linear([block.fc1(expert) for expert in mine])
         self.linear_fc2 = builder.grouped_linear([block.fc2(expert) for expert in mine])
-        self.shared = None if block.shared is None else block.shared.build(builder)
+        self.shared = None if block.shared is None else block.shared.build(builder.within("shared"))
         self.shared_gate = None
         if block.shared_gate is not None:
             weights = [weight for weight in block.weights() if weight.name == "shared_gate"]
