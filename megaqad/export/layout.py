@@ -36,6 +36,7 @@ def bf16_config(architecture: Architecture) -> dict[str, Any]:
     """The original config.json, for weights in BF16."""
     config = {**architecture.config, "dtype": str(EXPORT_DTYPE).removeprefix("torch.")}
     config.pop("torch_dtype", None)
+    config.pop("quantization_config", None)  # of a source that was itself quantized
     return config
 
 

@@ -10,14 +10,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megaqad.models.architecture import Architecture
-from megaqad.models.checkpoint_files import TensorEntry, read_headers
+from megaqad.models.checkpoint_files import TensorEntry
 from megaqad.models.checks import unused_tensors
+from megaqad.models.encodings import Checkpoint
 
 
 def carried_tensors(architecture: Architecture, model_dir: Path) -> dict[str, TensorEntry]:
     """Those that ``model_dir`` holds, in its order."""
-    found = read_headers(Path(model_dir))
-    return {name: found[name] for name in unused_tensors(architecture, found)}
+    checkpoint = Checkpoint(model_dir)
+    return {name: checkpoint.entries[name] for name in unused_tensors(architecture, checkpoint)}
 
 
 def read_carried(entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:

@@ -7,12 +7,12 @@ names the value, the limit and the way out.
 
 import json
 import re
-from collections.abc import Collection
 from pathlib import Path
 
 from megaqad.errors import UserError
 from megaqad.models.architecture import Architecture
-from megaqad.models.checkpoint_files import TensorEntry, read_headers
+from megaqad.models.checkpoint_files import TensorEntry
+from megaqad.models.encodings import Checkpoint
 from megaqad.runtime.sizes import ParallelSizes
 
 READABLE_DTYPES = ("BF16", "F16", "F32")
@@ -27,28 +27,29 @@ def check_checkpoint(architecture: Architecture, model_dir: Path) -> None:
         UserError: missing or extra tensors, a wrong shape or vocabulary size, an unreadable dtype or a truncated
             file.
     """
-    found = read_headers(Path(model_dir))
-    missing = [name for name in architecture.tensors if name not in found]
+    checkpoint = Checkpoint(model_dir)
+    found = checkpoint.entries
+    missing = [name for name in architecture.tensors if checkpoint.shape(name) is None]
     head = f"{architecture.head}.weight"
     if architecture.tied_embeddings and head in found:
         _check_redundant_head(found[head], found.get(f"{architecture.embedding}.weight"), model_dir)
     if missing:
         hint = "; set tie_word_embeddings=true if the head shares the embedding" if missing == [head] else ""
         raise UserError(f"{model_dir} lacks {_some(missing)}; complete the checkpoint or correct config.json{hint}")
-    belonging = [name for name in unused_tensors(architecture, found) if _belongs(architecture, name)]
+    belonging = [name for name in unused_tensors(architecture, checkpoint) if _belongs(architecture, name)]
     if belonging:
         raise UserError(
             f"{model_dir} holds {_some(belonging)} that {architecture.family} does not know; "
             "choose the checkpoint that config.json describes"
         )
     for name, shape in architecture.tensors.items():
-        _check_tensor(architecture, found[name], name, shape)
+        _check_tensor(architecture, checkpoint, name, shape)
 
 
-def unused_tensors(architecture: Architecture, found: Collection[str]) -> list[str]:
+def unused_tensors(architecture: Architecture, checkpoint: Checkpoint) -> list[str]:
     """Tensors of a checkpoint that this model does not compute with: heads for several tokens, vision towers."""
-    known = {*architecture.tensors, f"{architecture.head}.weight"}
-    return [name for name in found if name not in known and not name.endswith(RECOMPUTED)]
+    unused = checkpoint.unused_by([*architecture.tensors, f"{architecture.head}.weight"])
+    return [name for name in unused if not name.endswith(RECOMPUTED)]
 
 
 def _belongs(architecture: Architecture, name: str) -> bool:
@@ -65,21 +66,24 @@ def _some(names: list[str], show: int = 3) -> str:
     return ", ".join(names[:show]) + rest
 
 
-def _check_tensor(architecture: Architecture, entry: TensorEntry, name: str, shape: tuple[int, ...]) -> None:
-    if entry.shape != shape:
-        if shape[0] == architecture.vocab_size and entry.shape[1:] == shape[1:]:
+def _check_tensor(architecture: Architecture, checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    encoding, found = checkpoint.encoding(name), checkpoint.shape(name)
+    entry = checkpoint.entries[name if encoding is None else encoding.codes]
+    assert found is not None, "missing tensors are named before"
+    if found != shape:
+        if shape[0] == architecture.vocab_size and found[1:] == shape[1:]:
             raise UserError(
-                f"{entry.file}: {name} has {entry.shape[0]} rows but config.json says "
+                f"{entry.file}: {name} has {found[0]} rows but config.json says "
                 f"vocab_size={architecture.vocab_size}; correct vocab_size or take the matching weights"
             )
         raise UserError(
-            f"{entry.file}: {name} has shape {list(entry.shape)}, config.json asks for {list(shape)}; "
+            f"{entry.file}: {name} has shape {list(found)}, config.json asks for {list(shape)}; "
             "take the config.json that belongs to these weights"
         )
-    if entry.dtype not in READABLE_DTYPES:
+    if encoding is None and entry.dtype not in READABLE_DTYPES:
         raise UserError(
-            f"{entry.file}: {name} is stored as {entry.dtype}, readable are {', '.join(READABLE_DTYPES)}; "
-            "give the unquantized checkpoint"
+            f"{entry.file}: {name} is stored as {entry.dtype}, readable are {', '.join(READABLE_DTYPES)}, and FP8 and "
+            "NVFP4 with their scales; give the unquantized checkpoint"
         )
 
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megaqad.models.architecture import Architecture
-from megaqad.models.checkpoint_files import read_headers
+from megaqad.models.encodings import Checkpoint
 from megaqad.models.model import Model
 from megaqad.models.weights import HfTensor, Weight
 
@@ -35,7 +35,7 @@ class SliceReader:
 
     def __init__(self, model_dir: Path, rank: int, ranks: int) -> None:
         """``rank`` of ``ranks``: among those that divide each tensor."""
-        self._files = {name: entry.file for name, entry in read_headers(model_dir).items()}
+        self._checkpoint = Checkpoint(model_dir)
         self._open: dict[Path, Any] = {}
         self._stack = ExitStack()
         self._rank, self._ranks = rank, ranks
@@ -52,12 +52,20 @@ class SliceReader:
         weight.fill(local, [self.read(part) for part in weight.parts], self._ranks)
 
     def read(self, part: HfTensor) -> Tensor:
-        """This rank's slice of one tensor, in the file's dtype, on the CPU."""
-        path = self._files[part.name]
+        """This rank's slice of one tensor, in the file's dtype, or BF16 of a number format, on the CPU."""
+        encoding, box = self._checkpoint.encoding(part.name), part.box(self._rank, self._ranks)
+        return self._slice(part.name, box) if encoding is None else encoding.read(self._slice, box)
+
+    def _slice(self, name: str, box: tuple[tuple[int, int], ...]) -> Tensor:
+        """Part of a stored tensor, as it is."""
+        path = self._checkpoint.entries[name].file
         if path not in self._open:
             self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-        box = part.box(self._rank, self._ranks)
-        tensor: Tensor = self._open[path].get_slice(part.name)[tuple(slice(start, stop) for start, stop in box)]
+        tensor: Tensor
+        if box:
+            tensor = self._open[path].get_slice(name)[tuple(slice(start, stop) for start, stop in box)]
+        else:
+            tensor = self._open[path].get_tensor(name)
         self.statistics.bytes_read += tensor.nbytes
         self.statistics.largest_bytes = max(self.statistics.largest_bytes, tensor.nbytes)
         self.statistics.tensors += 1

@@ -198,6 +198,7 @@ def save_pretrained(
     files = HfFiles(output_dir, model.ranks)
     config = {**model.architecture.config, "dtype": str(dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
+    config.pop("quantization_config", None)  # of a source that was itself quantized
     with files.writing() as folder:
         sizes = stored_tensors(model.architecture, conversion)
         files.write_tensors(folder, sizes, stream_tensors(model, conversion), max_file_bytes)
