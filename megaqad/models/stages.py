@@ -11,8 +11,7 @@ from megaqad.runtime.sizes import ParallelSizes
 def chunk_lengths(layers: int, chunks: int) -> list[int]:
     """How many layers each chunk of the model has, in model order."""
     each, more = divmod(layers, chunks)
-    # As near the middle as they go; of an even number of chunks the later of the two middle ones first.
-    middle_out = sorted(range(chunks), key=lambda chunk: (abs(2 * chunk - chunks), -chunk)) if more else []
+    middle_out = sorted(range(chunks), key=lambda chunk: abs(2 * chunk + 1 - chunks))
     longer = set(middle_out[:more])
     return [each + (chunk in longer) for chunk in range(chunks)]
 

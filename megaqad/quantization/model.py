@@ -95,6 +95,7 @@ def build_quantized(
     *,
     dtype: torch.dtype,
     recompute: bool = False,
+    initialize: bool = False,
 ) -> Model:
     """A model with the sites of ``plan``, quantizers off. Arguments and collectives as of ``build_model``."""
     choices = QuantizedChoices(plan, ranks, plan.settings.backend)
@@ -106,6 +107,7 @@ def build_quantized(
         choices=choices,
         head=lambda chunk: choices.head(chunk, weight),
         recompute=recompute,
+        initialize=initialize,
     )
     return replace(model, on_change=refresh)
 

@@ -12,7 +12,7 @@ from megaqad.config import check_settings, load_settings
 from megaqad.distillation.step import DistillationStep, Objective
 from megaqad.distillation.teachers import Teacher
 from megaqad.errors import UserError
-from megaqad.models.causal_lm import CausalLM
+from megaqad.models.model import Model
 from megaqad.runtime.ranks import shutdown_parallel
 from megaqad.training.logs import read_metrics
 from megaqad.training.optimizer import build_optimizer, wrap_for_training
@@ -33,13 +33,11 @@ SMALL_RUN = [
 ]
 
 
-def qad_step(session: Session, student: list[CausalLM], teacher: Teacher, **options: Any) -> DistillationStep:
+def qad_step(session: Session, student: Model, teacher: Teacher, **options: Any) -> DistillationStep:
     """A step of QAD, alone. ``options``: further arguments of ``DistillationStep``."""
     wrapped = wrap_for_training(student)
     optimizer, scheduler = build_optimizer(wrapped, session.settings.train, session.dtype)
-    return DistillationStep(
-        wrapped, optimizer, scheduler, session.context, objective=Objective.QAD, teacher=teacher, **options
-    )
+    return DistillationStep(student, wrapped, optimizer, scheduler, objective=Objective.QAD, teacher=teacher, **options)
 
 
 def run_command(rank: int, world_size: int, name: str, overrides: list[str]) -> str | None:

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from megaqad.models.modules import QuantizerParameter
 
 from megaqad.bench.memory import peak_memory
 from megaqad.commands.session import Session
@@ -14,7 +15,6 @@ from megaqad.commands.teaching import teacher_of
 from megaqad.config import check_settings, load_settings
 from megaqad.distillation.teachers import LiveTeacher, SelfTeacher
 from megaqad.errors import UserError
-from megaqad.models.modules import QuantizerParameter
 from megaqad.runtime.ranks import shutdown_parallel
 from megaqad.training.freezing import freeze
 from megaqad.training.logs import read_metrics

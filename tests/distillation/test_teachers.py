@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from megaqad.models.hf_reader import original_values
+from megaqad.quantization.state import quantized_caches, quantized_linears, refresh_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -13,9 +15,7 @@ from megaqad.config import load_settings
 from megaqad.distillation.forward import forward_hidden
 from megaqad.distillation.teachers import SelfTeacher
 from megaqad.models.causal_lm import CausalLM
-from megaqad.models.hf_reader import original_values
 from megaqad.quantization.layers import QuantizerMode
-from megaqad.quantization.state import quantized_caches, quantized_linears, refresh_weights
 from megaqad.runtime.ranks import shutdown_parallel
 from megaqad.training.freezing import freeze
 from megaqad.training.logs import read_metrics

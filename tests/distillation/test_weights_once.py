@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from megaqad.quantization.state import quantized_linears
 from torch import Tensor
 
 from megaqad.commands.session import Session
@@ -19,7 +20,6 @@ from megaqad.config import load_settings
 from megaqad.distillation.step import MicroBatch
 from megaqad.models.causal_lm import CausalLM
 from megaqad.quantization.layers import QuantizedLinear
-from megaqad.quantization.state import quantized_linears
 from megaqad.runtime.ranks import shutdown_parallel
 from megaqad.training.freezing import freeze
 from tests.distillation.runs import SMALL_RUN, qad_step

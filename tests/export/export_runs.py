@@ -11,16 +11,16 @@ from torch import Tensor
 
 from megaqad.distillation.forward import forward_hidden
 from megaqad.errors import UserError
-from megaqad.export.checkpoint import Quantization, export_checkpoint
+from megaqad.export.checkpoint import export_checkpoint
 from megaqad.export.reference import student_reference
-from megaqad.models.build import build_model, transformer_config
-from megaqad.models.causal_lm import CausalLM
-from megaqad.models.description import describe_model
-from megaqad.models.hf_reader import load_weights
-from megaqad.quantization.formats import CHOICES
+from megaqad.models.families import describe_model
+from megaqad.models.load import load_weights
+from megaqad.models.model import Model
+from megaqad.quantization.model import build_quantized, cache_sites, switch, weight_sites
+from megaqad.quantization.plan import plan_for
 from megaqad.quantization.settings import QuantizationSettings
-from megaqad.quantization.state import cache_amaxes, input_amaxes
-from megaqad.runtime.ranks import Ranks, ParallelSizes, parallel
+from megaqad.quantization.site import QuantizerMode
+from megaqad.runtime.ranks import ParallelSizes, Ranks, parallel
 from tests.models.megatron_runs import whole_logits
 from tests.quantization.models import calibrated_student
 
@@ -28,21 +28,29 @@ from tests.quantization.models import calibrated_student
 def export_weights(rank: int, world: int, folder: Path, sizes: ParallelSizes, options: dict[str, Any]) -> None:
     """Export a loaded checkpoint. ``options``: output_dir, formats (names by module), input_amax, kv_cache, cache_amax,
     dtype, spoil, max_file_bytes."""
-    with parallel(sizes) as context:
-        description = describe_model(folder)
-        config = transformer_config(description, sizes, dtype=options.pop("dtype", torch.bfloat16))
-        chunks = build_model(description, config, context)
-        load_weights(chunks, description, folder)
+    with parallel(sizes) as ranks:
+        architecture = describe_model(folder)
+        formats, kv_cache = options.pop("formats"), options.pop("kv_cache", "none")
+        kept = [name for name in (*architecture.linear_modules, architecture.head) if name not in formats]
+        settings = QuantizationSettings(exclude=kept, formats=formats, kv_cache=kv_cache)
+        plan = plan_for(settings, architecture, sizes.tensor)
+        model = build_quantized(architecture, ranks, plan, dtype=options.pop("dtype", torch.bfloat16))
+        load_weights(model, folder)
+        set_amaxes(model, options.pop("input_amax", {}), options.pop("cache_amax", {}))
         spoil = options.pop("spoil", None)
         if spoil is not None and rank == world - 1:
-            chunks[-1].decoder.layers[-1].mlp.linear_fc2.weight.data[3, 5] = spoil
-        quantization = Quantization(
-            {name: CHOICES[choice] for name, choice in options.pop("formats").items()},
-            options.pop("input_amax", {}),
-            options.pop("kv_cache", "none"),
-            options.pop("cache_amax", {}),
-        )
-        export_checkpoint(chunks, description, context, model_dir=folder, quantization=quantization, **options)
+            model.last.layers[-1].mlp.block.linear_fc2.weight.data[3, 5] = spoil
+        switch(model, QuantizerMode.ON)
+        export_checkpoint(model, plan, model_dir=folder, **options)
+
+
+def set_amaxes(model: Model, inputs: dict[str, float], caches: dict[str, float]) -> None:
+    """Give a model's sites what another program calibrated; what is missing stays as it is."""
+    for site in weight_sites(model):
+        site.input_amax.fill_(inputs.get(site.module_names[0], 0.0))
+    for site in cache_sites(model):
+        for name, amax in zip(site.names, (site.key_amax, site.value_amax), strict=True):
+            amax.fill_(caches.get(name, amax.item()))
 
 
 def refused_export(rank: int, world: int, folder: Path, sizes: ParallelSizes, options: dict[str, Any]) -> str:
@@ -54,19 +62,19 @@ def refused_export(rank: int, world: int, folder: Path, sizes: ParallelSizes, op
     return "not refused"
 
 
-def gathered_logits(chunks: list[CausalLM], context: Ranks, tokens: np.ndarray) -> Tensor | None:
+def gathered_logits(model: Model, ranks: Ranks, tokens: np.ndarray) -> Tensor | None:
     """FP32 logits [b, s, V] on the main rank."""
-    hidden = forward_hidden(chunks, list(torch.from_numpy(tokens).split(1)))
+    hidden = forward_hidden(model, list(torch.from_numpy(tokens).split(1)))
     local: tuple[int, np.ndarray] | None = None
-    if context.is_last_stage:
+    if ranks.is_last_stage:
         whole: Tensor = torch.cat(hidden, 1)
-        if context.sizes.sequence:
-            whole = gather_from_sequence_parallel_region(whole, group=context.tensor_group)
-        logits = torch.einsum("sbh,vh->bsv", whole.float(), chunks[-1].head_weight().detach().float())
-        local = chunks[-1].vocab_start, logits.numpy()
-    shards: list[Any] = [None] * context.world_size
+        if ranks.sizes.sequence:
+            whole = gather_from_sequence_parallel_region(whole, group=ranks.tensor_group)
+        logits = torch.einsum("sbh,vh->bsv", whole.float(), model.last.head_weight().detach().float())
+        local = model.last.vocab_start, logits.numpy()
+    shards: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(shards, local)
-    return whole_logits(shards) if context.is_main else None
+    return whole_logits(shards) if ranks.is_main else None
 
 
 def calibrate_and_export(rank: int, world: int, folder: Path, sizes: ParallelSizes, options: dict[str, Any]) -> Any:
@@ -74,22 +82,12 @@ def calibrate_and_export(rank: int, world: int, folder: Path, sizes: ParallelSiz
 
     ``options``: output_dir, settings (QuantizationSettings arguments), dtype, tokens, layout.
     """
-    with parallel(sizes) as context:
+    with parallel(sizes) as ranks:
         tokens = options["tokens"]
         settings = QuantizationSettings(**options["settings"])
-        chunks, description, recipe = calibrated_student(context, folder, settings, tokens, options["dtype"])
-
-        def logits_of(model: list[CausalLM]) -> Tensor | None:
-            return gathered_logits(model, context, tokens)
-
-        reference = student_reference(chunks, description, context, recipe, logits_of)
+        model, plan = calibrated_student(ranks, folder, settings, tokens, options["dtype"])
+        reference = student_reference(model, plan, lambda copied: gathered_logits(copied, ranks, tokens))
         export_checkpoint(
-            chunks,
-            description,
-            context,
-            options["output_dir"],
-            model_dir=folder,
-            quantization=Quantization(recipe.formats, input_amaxes(chunks), recipe.kv_cache, cache_amaxes(chunks)),
-            layout=options.get("layout", "modelopt"),
+            model, plan, options["output_dir"], model_dir=folder, layout=options.get("layout", "modelopt")
         )
         return reference

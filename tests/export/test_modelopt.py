@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from megaqad.models.description import describe_model
+from megaqad.models.rows import linear_modules
 from safetensors.torch import load_file
 
 from megaqad.export.manifest import MANIFEST_FILE, tensor_digest
-from megaqad.models.description import describe_model
-from megaqad.models.rows import linear_modules
 from megaqad.runtime.ranks import ParallelSizes
 from tests.export.export_runs import export_weights, refused_export
 from tests.export.modelopt_fixture import max_settings, modelopt_export

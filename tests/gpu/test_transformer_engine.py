@@ -26,11 +26,11 @@ def one_rank():
 
 def layers(kind):
     """(Transformer Engine, emulated) with the same BF16 weight."""
+    from megaqad.models.rows import LinearSite
+    from megaqad.quantization.recipe import LinearFormat
     from megatron.core.transformer import TransformerConfig
 
-    from megaqad.models.rows import LinearSite
     from megaqad.quantization.layers import NVFP4ColumnParallelLinear, NVFP4RowParallelLinear
-    from megaqad.quantization.recipe import LinearFormat
     from megaqad.quantization.transformer_engine import transformer_engine_layers
 
     emulated = {"column": NVFP4ColumnParallelLinear, "row": NVFP4RowParallelLinear}

@@ -36,6 +36,13 @@ CASES: dict[str, dict[str, Any]] = {
         "vocab_size": 130,
         "num_hidden_layers": 2,
     },
+    # layers that do not divide by the stages, one key/value head for each pair of ranks
+    "llama_five_layers": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 5,
+        "vocab_size": 103,
+    },
     # every dim a multiple of 32 on two ranks
     "mxfp_llama": {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 130},
     "mistral": {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96, "sliding_window": 64},

@@ -11,66 +11,51 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
 from torch import Tensor
 
+from megaqad.distillation.forward import forward_hidden
 from megaqad.errors import UserError
-from megaqad.models.build import build_model, transformer_config
+from megaqad.models.build import build_model
 from megaqad.models.causal_lm import CausalLM
-from megaqad.models.description import describe_model
-from megaqad.models.hf_reader import ReadStatistics, load_weights
-from megaqad.models.hf_writer import iter_hf_tensors, save_pretrained
-from megaqad.runtime.ranks import Ranks, ParallelSizes, parallel
+from megaqad.models.families import describe_model
+from megaqad.models.load import ReadStatistics, load_weights
+from megaqad.models.model import Model
+from megaqad.models.shared_heads import sum_shared_gradients
+from megaqad.models.write import Cast, save_pretrained, stream_tensors
+from megaqad.runtime.ranks import ParallelSizes, Ranks, parallel
+from megaqad.runtime.schedule import run_schedule
 
 
-def loaded_model(folder: Path, context: Ranks, dtype: torch.dtype = torch.float32, **options: Any) -> list[CausalLM]:
-    """Chunks with every parameter poisoned first, so that one that is not loaded shows."""
-    description = describe_model(folder)
-    chunks = build_model(description, transformer_config(description, context.sizes, dtype=dtype, **options), context)
-    for chunk in chunks:
+def loaded_model(folder: Path, ranks: Ranks, dtype: torch.dtype = torch.float32, **options: Any) -> Model:
+    """Every parameter is poisoned first, so that one that is not loaded shows."""
+    model = build_model(describe_model(folder), ranks, dtype=dtype, **options)
+    for chunk in model.chunks:
         for parameter in chunk.parameters():
             parameter.data.fill_(float("nan"))
-    load_weights(chunks, description, folder)
-    return chunks
+    load_weights(model, folder)
+    return model
 
 
-def microbatches(tokens: np.ndarray, size: int = 1) -> Iterator[Tensor]:
-    return iter(torch.from_numpy(tokens).split(size))
-
-
-def run_hidden(chunks: list[CausalLM], tokens: np.ndarray) -> list[Tensor]:
+def run_hidden(model: Model, tokens: np.ndarray) -> list[Tensor]:
     """Last hidden states [s, b, h] of each microbatch on the last stage, nothing elsewhere."""
-
-    def forward_step(data: Iterator[Tensor], model: CausalLM) -> tuple[Tensor, Any]:
-        return model(next(data)), lambda output, non_loss_data: output
-
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[microbatches(tokens) for _ in chunks] if len(chunks) > 1 else microbatches(tokens),
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(tokens),
-        seq_length=tokens.shape[1],
-        micro_batch_size=1,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
+    return forward_hidden(model, list(torch.from_numpy(tokens).split(1)))
 
 
 def local_logits(rank: int, world: int, folder: Path, sizes: ParallelSizes, tokens: np.ndarray) -> Any:
     """(vocab_start, logits [b, s, local V]) on the ranks of the last stage, None elsewhere."""
-    with parallel(sizes) as context, torch.no_grad():
-        chunks = loaded_model(folder, context)
-        hidden = run_hidden(chunks, tokens)
-        if not context.is_last_stage:
+    with parallel(sizes) as ranks, torch.no_grad():
+        model = loaded_model(folder, ranks)
+        hidden = run_hidden(model, tokens)
+        if not ranks.is_last_stage:
             return None
-        last = chunks[-1]
+        last = model.last
         whole = torch.cat(hidden, 1)
         if last.config.sequence_parallel:
-            whole = gather_from_sequence_parallel_region(whole, group=context.tensor_group)
+            whole = gather_from_sequence_parallel_region(whole, group=ranks.tensor_group)
         logits = torch.einsum("sbh,vh->bsv", whole.float(), last.head_weight().float())
         return last.vocab_start, logits.numpy()
 
@@ -90,18 +75,24 @@ def logit_gradients(
     sequence and embedding groups. ``batch``: tokens [b, s], weights float32 [b, s, V], recompute.
     """
     tokens, weights = batch["tokens"], batch["weights"]
-    with parallel(sizes) as context:
-        chunks = loaded_model(folder, context, recompute=batch["recompute"])
+    with parallel(sizes) as ranks:
+        loaded = loaded_model(folder, ranks, recompute=batch["recompute"])
+        chunks = loaded.chunks
         ddp = [
             DistributedDataParallel(
                 chunk.config,
                 DistributedDataParallelConfig(grad_reduce_in_fp32=True),
                 chunk,
-                pg_collection=context.groups,
+                pg_collection=ranks.groups,
             )
             for chunk in chunks
         ]
-        chunks[0].config.finalize_model_grads_func = finalize_model_grads
+
+        def finish(*args: Any, **kwargs: Any) -> None:
+            finalize_model_grads(*args, **kwargs)
+            sum_shared_gradients(loaded)
+
+        chunks[0].config.finalize_model_grads_func = finish
 
         def forward_step(data: Iterator[Any], model: Any) -> tuple[Tensor, Any]:
             tokens, weight = next(data)
@@ -109,42 +100,29 @@ def logit_gradients(
 
         def loss_of(model: CausalLM, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, dict]:
             if model.config.sequence_parallel:
-                hidden = gather_from_sequence_parallel_region(hidden, group=context.tensor_group)
+                hidden = gather_from_sequence_parallel_region(hidden, group=ranks.tensor_group)
             else:
-                hidden = copy_to_tensor_model_parallel_region(hidden, group=context.tensor_group)
+                hidden = copy_to_tensor_model_parallel_region(hidden, group=ranks.tensor_group)
             head = model.head_weight()
             logits = torch.einsum("sbh,vh->bsv", hidden, head)
             local = weight[..., model.vocab_start : model.vocab_start + head.shape[0]]
             return (logits * local).sum(), torch.tensor(local[..., 0].numel(), dtype=torch.int), {}
 
         batches = list(zip(torch.from_numpy(tokens).split(1), torch.from_numpy(weights).split(1), strict=True))
-        iterators = [iter(batches) for _ in ddp]
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iterators if len(ddp) > 1 else iterators[0],
-            model=ddp if len(ddp) > 1 else ddp[0],
-            num_microbatches=len(batches),
-            seq_length=tokens.shape[1],
-            micro_batch_size=1,
-            forward_only=False,
-        )
+        shape = (1, tokens.shape[1])
+        run_schedule(ranks, ddp, forward_step, batches, config=chunks[0].config, shape=shape, forward_only=False)
         for chunk in chunks:  # the writer takes parameters apart, so it can take their gradients apart
             for parameter in chunk.parameters():
                 parameter.data.copy_(parameter.main_grad)
-        description = describe_model(folder)
-        return {
-            name: tensor.numpy() for name, tensor in iter_hf_tensors(chunks, description, context, dtype=torch.float32)
-        }
+        return {name: tensor.numpy() for name, tensor in stream_tensors(loaded, Cast(torch.float32))}
 
 
 def round_trip(rank: int, world: int, folder: Path, sizes: ParallelSizes, save: dict[str, Any]) -> ReadStatistics:
     """Import and save again; what this rank read. ``save``: arguments of ``save_pretrained``."""
-    with parallel(sizes) as context:
-        description = describe_model(folder)
-        config = transformer_config(description, sizes, dtype=torch.bfloat16)
-        chunks = build_model(description, config, context)
-        statistics = load_weights(chunks, description, folder)
-        save_pretrained(chunks, description, context, model_dir=folder, **save)
+    with parallel(sizes) as ranks:
+        model = build_model(describe_model(folder), ranks, dtype=torch.bfloat16)
+        statistics = load_weights(model, folder)
+        save_pretrained(model, model_dir=folder, **save)
         return statistics
 
 

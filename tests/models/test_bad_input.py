@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megaqad.errors import UserError
 from megaqad.models.checks import check_checkpoint, check_layout, check_sequence_length
-from megaqad.models.description import describe_model
+from megaqad.models.families import describe_model
 from megaqad.runtime.ranks import ParallelSizes
 from tests.models.checkpoints import make_checkpoint
 
@@ -65,14 +65,13 @@ def test_the_original_is_accepted(folder: Path) -> None:
         ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM"]),
         ({"architectures": [], "model_type": "bloom"}, ["bloom", "LlamaForCausalLM"]),
         ({"hidden_size": 0}, ["hidden_size=0", "positive"]),
-        ({"num_hidden_layers": "removed"}, ["num_hidden_layers=None"]),
-        ({"num_key_value_heads": 3}, ["num_attention_heads=4", "num_key_value_heads=3"]),
-        ({"attention_bias": True}, ["attention_bias=True"]),
-        ({"hidden_act": "gelu"}, ["hidden_act='gelu'"]),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ["'yarn'", "llama3"]),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor, high_freq_factor"]),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor=0.5"]),
-        ({"quantization_config": {"quant_method": "modelopt"}}, ["already quantized", "'modelopt'"]),
+        ({"num_hidden_layers": None}, ["num_hidden_layers=None"]),
+        ({"num_hidden_layers": 10**9}, ["num_hidden_layers=1000000000"]),
+        ({"attention_bias": True}, ["lacks model.layers.0.self_attn.q_proj.bias"]),
+        ({"hidden_act": "tanh"}, ["hidden_act='tanh'"]),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ["config.json", "factor"]),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["config.json", "freq_factor"]),
+        ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification"]),
         ({"vocab_size": 512}, ["515 rows", "vocab_size=512"]),
         ({"tie_word_embeddings": True}, ["lm_head.weight differs", "tie_word_embeddings=false"]),
         ({"num_hidden_layers": 3}, ["model.layers.3.", "and 6 more", "LlamaForCausalLM"]),
@@ -102,7 +101,10 @@ def test_config_that_is_not_json(folder: Path, content: str) -> None:
     [
         (lambda t: t.pop("model.norm.weight"), ["lacks model.norm.weight"]),
         (lambda t: t.pop("lm_head.weight"), ["lacks lm_head.weight", "tie_word_embeddings=true"]),
-        (lambda t: t.update(surprise=torch.ones(2)), ["surprise", "LlamaForCausalLM"]),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(96)}),
+            ["model.layers.0.self_attn.q_proj.bias", "LlamaForCausalLM"],
+        ),
         (lambda t: t.update({"model.norm.weight": torch.ones(63)}), ["model.norm.weight", "[63]", "[64]"]),
         (
             lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.uint8)}),
@@ -186,11 +188,12 @@ def test_broken_index(folder: Path, content: str) -> None:
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        (ParallelSizes(tensor=3), ["parallel.tensor=3", "num_key_value_heads=2", "choose one of 1, 2"]),
-        (ParallelSizes(tensor=4), ["parallel.tensor=4", "num_key_value_heads=2"]),
-        (ParallelSizes(pipeline=3), ["parallel.pipeline=3", "4 layers", "1, 2, 4"]),
+        (ParallelSizes(tensor=3), ["parallel.tensor=3", "hidden_size=64"]),
+        (ParallelSizes(tensor=8), ["parallel.tensor=8", "4 attention heads", "choose one of 1, 2, 4"]),
+        (ParallelSizes(pipeline=5), ["parallel.pipeline=5", "4 layers"]),
         (ParallelSizes(virtual_pipeline=2), ["parallel.virtual_pipeline=2", "parallel.pipeline=2"]),
-        (ParallelSizes(pipeline=2, virtual_pipeline=4), ["parallel.virtual_pipeline=4", "2 layers", "1, 2"]),
+        (ParallelSizes(pipeline=2, virtual_pipeline=4), ["parallel.virtual_pipeline=4", "4 layers"]),
+        (ParallelSizes(expert=2), ["parallel.expert=2", "LlamaForCausalLM", "none"]),
     ],
     ids=str,
 )
@@ -201,14 +204,16 @@ def test_layouts_that_do_not_fit(original: Path, sizes: ParallelSizes, words: li
         assert word in str(caught.value), str(caught.value)
 
 
+def test_heads_that_do_not_group(folder: Path) -> None:
+    edit_config(folder, num_key_value_heads=3)
+    with pytest.raises(UserError, match="4 attention heads are no multiple of 3 key/value heads"):
+        check_layout(describe_model(folder), ParallelSizes())
+
+
 def test_sequence_lengths(folder: Path) -> None:
-    edit_config(folder, architectures=["MistralForCausalLM"], sliding_window=64)
-    description = describe_model(folder)
-    check_sequence_length(description, 64, ParallelSizes())
-    with pytest.raises(UserError, match=r"sequence_length=65 .* sliding window of 64"):
-        check_sequence_length(description, 65, ParallelSizes())
-    edit_config(folder, sliding_window=None)
+    architecture = describe_model(folder)
+    check_sequence_length(architecture, 128, ParallelSizes())
     with pytest.raises(UserError, match=r"sequence_length=129 .* max_position_embeddings=128"):
-        check_sequence_length(describe_model(folder), 129, ParallelSizes())
+        check_sequence_length(architecture, 129, ParallelSizes())
     with pytest.raises(UserError, match=r"sequence_length=63 among parallel.tensor=2"):
-        check_sequence_length(describe_model(folder), 63, ParallelSizes(tensor=2, sequence=True))
+        check_sequence_length(architecture, 63, ParallelSizes(tensor=2, sequence=True))

@@ -28,6 +28,8 @@ def transformers_gradients(folder: Path, tokens: np.ndarray, weights: np.ndarray
         # norms over heads, whose gradients every tensor-parallel rank has a part of
         ("qwen3", ParallelSizes(tensor=2), False),
         ("llama", ParallelSizes(pipeline=2), True),
+        # fewer key/value heads than ranks: two ranks share each
+        ("llama_five_layers", ParallelSizes(tensor=4), False),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -14,7 +14,9 @@ LAYOUTS = {
     "tp1": ParallelSizes(),
     "tp2": ParallelSizes(tensor=2),
     "tp2_sp": ParallelSizes(tensor=2, sequence=True),
+    "tp4": ParallelSizes(tensor=4),
     "pp2": ParallelSizes(pipeline=2),
+    "pp4": ParallelSizes(pipeline=4),
     "pp2_interleaved": ParallelSizes(pipeline=2, virtual_pipeline=2),
     "tp2_sp_pp2_interleaved": ParallelSizes(tensor=2, pipeline=2, virtual_pipeline=2, sequence=True),
 }
@@ -29,7 +31,9 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 # three key/value heads do not divide by two; two layers make no interleaved pipeline
-FITTING = [(case, name) for case in CASES for name in LAYOUTS if case != "llama_three_groups" or name in {"tp1", "pp2"}]
+USUAL = [name for name in LAYOUTS if name not in ("tp4", "pp4")]
+FITTING = [(case, name) for case in CASES for name in USUAL if case != "llama_three_groups" or name in {"tp1", "pp2"}]
+FITTING += [("llama_five_layers", name) for name in ("tp4", "pp4")]
 
 
 @pytest.mark.parametrize(("checkpoint", "layout"), FITTING, indirect=["checkpoint"])

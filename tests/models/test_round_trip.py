@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from megaqad.models.description import describe_model
-from megaqad.models.rows import hf_tensors
+from megaqad.models.families import describe_model
 from megaqad.runtime.ranks import ParallelSizes
 from tests.models.checkpoints import make_checkpoint
 from tests.models.megatron_runs import refused_round_trip, round_trip
@@ -56,7 +55,7 @@ def test_sharded_files_in_and_out(tmp_path: Path) -> None:
 
 def test_a_rank_reads_its_share_only(tmp_path: Path) -> None:
     folder = make_checkpoint("llama", tmp_path / "in", dtype=BF16)
-    shapes = hf_tensors(describe_model(folder))
+    shapes = describe_model(folder).tensors
     whole = {name: 2 * torch.Size(shape).numel() for name, shape in shapes.items()}
     sizes = ParallelSizes(tensor=2, pipeline=2)
     statistics = run_ranks(4, round_trip, folder, sizes, {"output_dir": tmp_path / "out"})
@@ -74,5 +73,5 @@ def test_an_occupied_directory_is_refused(tmp_path: Path) -> None:
     occupied.mkdir()
     (occupied / "notes.txt").write_text("mine")
     messages = run_ranks(2, refused_round_trip, folder, ParallelSizes(tensor=2), {"output_dir": occupied})
-    assert all(message.startswith(f"{occupied} already holds files") for message in messages)
+    assert all(message.startswith(f"{occupied} already holds notes.txt") for message in messages)
     assert [path.name for path in occupied.iterdir()] == ["notes.txt"]

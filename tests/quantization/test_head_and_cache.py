@@ -6,8 +6,9 @@ import torch
 
 def loss_parts(rank, world_size, sequence):
     """The head's weight, gradients of a loss through hidden states and head, and the calibrated amax."""
-    from megaqad.quantization.calibrate import calibrate
     from megaqad.quantization.state import quantized_caches
+
+    from megaqad.quantization.calibrate import calibrate
     from megaqad.runtime.ranks import ParallelSizes, parallel
     from tests.quantization.models import small_quantized_model
 
@@ -64,10 +65,10 @@ def test_the_head_is_rounded_on_both_sides(run_ranks, ranks, sequence):
 
 def attention_parts(rank, world_size, kv_format):
     """Output and gradients of attention on rounded keys and values, and on ones rounded beforehand."""
+    from megaqad.quantization.attention import QuantizedCausalAttention
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megaqad.quantization.attention import QuantizedCausalAttention
     from megaqad.quantization.formats import cache_number
     from megaqad.quantization.layers import QuantizerMode
     from megaqad.quantization.numbers import number_format

@@ -57,9 +57,9 @@ FORMATS = {
 
 def parallel_layer(rank, world_size, kind, sequence, activations):
     """The same through the tensor-parallel layer; this rank's output, input gradient and weight gradient."""
+    from megaqad.models.rows import LinearSite
     from megatron.core.transformer import TransformerConfig
 
-    from megaqad.models.rows import LinearSite
     from megaqad.quantization.calibrate import calibrate
     from megaqad.quantization.layers import NVFP4ColumnParallelLinear, NVFP4RowParallelLinear, QuantizerMode
     from megaqad.runtime.ranks import ParallelSizes, parallel
@@ -132,6 +132,7 @@ def test_parallel_equals_dense(run_ranks, kind, ranks, sequence, activations):
 def grown_weight(rank, world_size):
     """Largest quantized weight before and after one weight grows tenfold."""
     from megaqad.quantization.state import quantized_linears, refresh_weights
+
     from megaqad.runtime.ranks import ParallelSizes, parallel
     from tests.quantization.models import small_quantized_model
 

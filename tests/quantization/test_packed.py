@@ -24,9 +24,10 @@ def saved_bytes(work):
 
 def train_once(rank, world_size, packs, dtype, options):
     """Losses' gradients of a whole small model after two microbatches; refreshes of the weights counted."""
+    from megaqad.quantization.state import quantized_linears
+
     from megaqad.distillation.forward import forward_hidden
     from megaqad.quantization.calibrate import calibrate
-    from megaqad.quantization.state import quantized_linears
     from megaqad.runtime.ranks import ParallelSizes, parallel
     from tests.quantization.models import small_quantized_model
 
@@ -70,8 +71,9 @@ def test_gradients_are_the_same_bits(run_ranks, ranks, options, dtype):
 
 def bytes_of_one_layer(rank, world_size, packs, needs_gradient):
     """Bytes saved by one W4A4 layer in BF16 beside its weight."""
-    from megaqad.quantization.calibrate import calibrate
     from megaqad.quantization.state import quantized_linears
+
+    from megaqad.quantization.calibrate import calibrate
     from megaqad.runtime.ranks import ParallelSizes, parallel
     from tests.quantization.models import small_quantized_model
 

@@ -1,13 +1,13 @@
 """Patterns on Hugging Face names decide what is quantized; what engines fuse stays together."""
 
 import pytest
+from megaqad.models.description import describe_model
+from megaqad.models.rows import linear_modules
+from megaqad.quantization.recipe import Recipe, misfits, recipe_for
 
 from megaqad.config import load_settings
 from megaqad.errors import UserError
-from megaqad.models.description import describe_model
-from megaqad.models.rows import linear_modules
 from megaqad.quantization.modelopt_recipe import translate
-from megaqad.quantization.recipe import Recipe, misfits, recipe_for
 from megaqad.quantization.settings import QuantizationSettings
 from tests.export.modelopt_fixture import FP8, MXFP4, MXFP8, NVFP4
 from tests.models.checkpoints import hf_config, make_checkpoint

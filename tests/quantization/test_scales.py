@@ -88,8 +88,9 @@ def test_percentile_counts_exactly():
 
 def exported(rank, world, folder, sizes, options):
     """Calibrate, maybe spoil the weights, export; what the forward pass multiplied with, by module name."""
-    from megaqad.export.checkpoint import Quantization, export_checkpoint
     from megaqad.quantization.state import input_amaxes, quantized_linears, refresh_weights
+
+    from megaqad.export.checkpoint import Quantization, export_checkpoint
     from megaqad.runtime.ranks import parallel
     from tests.quantization.models import calibrated_student
 

@@ -120,10 +120,11 @@ def test_the_installed_recipe_has_the_fields():
 
 def both_backends(context):
     """The same random model on the stand-in and emulated, calibrated on the same tokens; the tokens."""
+    from megaqad.quantization.state import refresh_weights
+
     from megaqad.distillation.forward import forward_hidden
     from megaqad.quantization import transformer_engine
     from megaqad.quantization.calibrate import calibrate
-    from megaqad.quantization.state import refresh_weights
     from tests.quantization import stand_in_engine
     from tests.quantization.models import small_quantized_model
 
@@ -147,9 +148,10 @@ def both_backends(context):
 
 def compare(rank, world_size):
     """What the two backends differ in: keys, scales, outputs, gradients; and how the kept weight follows."""
+    from megaqad.quantization.state import quantized_linears, refresh_weights, set_mode
+
     from megaqad.distillation.forward import forward_hidden
     from megaqad.quantization.layers import QuantizerMode
-    from megaqad.quantization.state import quantized_linears, refresh_weights, set_mode
     from megaqad.runtime.ranks import ParallelSizes, parallel
     from megaqad.training.pieces import model_pieces
 
@@ -200,10 +202,11 @@ def test_layers_are_the_emulated_ones_on_another_gemm(run_ranks):
 
 def copied_layers(rank, world_size, folder):
     """Types of the layers in the FP32 copy of a student on the stand-in."""
-    from megaqad.export.reference import float32_student
     from megaqad.models.description import describe_model
     from megaqad.quantization.recipe import recipe_for
     from megaqad.quantization.state import quantized_linears
+
+    from megaqad.export.reference import float32_student
     from megaqad.runtime.ranks import ParallelSizes, parallel
 
     with parallel(ParallelSizes()) as context:
