@@ -146,7 +146,7 @@ def _fp8(codes: str, scales: str, scale_shape: tuple[int, ...]) -> Callable[[Rea
 def _nvfp4(codes: str, scales: str, second: str, *, inverted: bool) -> Callable[[ReadSlice, Spans], Tensor]:
     def read(slice_of: ReadSlice, spans: Spans) -> Tensor:
         rows, (start, stop) = spans
-        assert start % BLOCK_SIZE == 0 and stop % BLOCK_SIZE == 0, f"{codes} is cut within a block"
+        assert start % BLOCK_SIZE == stop % BLOCK_SIZE == 0, f"{codes} is cut within a block"
         packed = slice_of(codes, (rows, (start // 2, stop // 2)))
         blocks = slice_of(scales, (rows, (start // BLOCK_SIZE, stop // BLOCK_SIZE)))
         scale = slice_of(second, ()).float().reshape(())

@@ -108,7 +108,6 @@ class QuantizedLinear(WeightSite):
     weight: Tensor
     weight_amax: Tensor
     weight_block_amax: Tensor
-    tp_group: torch.distributed.ProcessGroup
 
     def __init__(
         self,
@@ -119,9 +118,10 @@ class QuantizedLinear(WeightSite):
         scaling: Scaling = DEFAULT_SCALING,
         **kwargs: Any,
     ) -> None:
-        """``held``: the weight's description; ``observes``: ranks over which the input's maximum is taken."""
+        """``held``: the weight's description; ``observes``: ranks over which the input's maximum is taken; the others are
+        Megatron-Core's, ``tp_group`` among them."""
         super().__init__(*args, **kwargs)
-        self.set_up((held,), quantization, scaling, observes=observes, divides=self.tp_group)
+        self.set_up((held,), quantization, scaling, observes=observes, divides=kwargs["tp_group"])
         if self.scaling.stored:
             self._make_scales()
 
@@ -130,7 +130,7 @@ class QuantizedLinear(WeightSite):
 
     @property
     def input_group(self) -> torch.distributed.ProcessGroup | None:
-        return self.tp_group if self.weights[0].row_parallel and self.tp_group.size() > 1 else None
+        return self.divides if self.weights[0].row_parallel and self.divides.size() > 1 else None
 
     def _make_scales(self) -> None:
         """Room for the scales that are state: parameters when learned, buffers when frozen."""
@@ -171,7 +171,7 @@ class QuantizedLinear(WeightSite):
         """The quantized copy, with gradients to what it is made from."""
         if self.scaling.weight_scales != "learned":
             return straight_through(weight, self.quantized_weight)
-        ranks = self.tp_group.size()
+        ranks = self.divides.size()
         scales = (self.weight_amax, self.weight_block_amax)
         return cast(Tensor, LearnedScales.apply(weight, *scales, self.quantized_weight, EXPORT_DTYPE, ranks))
 

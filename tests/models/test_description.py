@@ -86,16 +86,10 @@ def test_every_layer_is_on_one_stage(layers: int, chunks: int) -> None:
     lengths = chunk_lengths(layers, chunks)
     assert sum(lengths) == layers
     assert max(lengths) - min(lengths) <= 1
-    if layers % chunks and chunks > 2:  # the first has the embedding too, the last the head
-        assert lengths[0] == min(lengths)
-        assert lengths[-1] == min(lengths)
+    if 0 < layers % chunks <= chunks - 2:  # the first has the embedding too, the last the head
+        assert lengths[0] == lengths[-1] == min(lengths)
     for virtual in (1, 2) if layers >= 2 * chunks else (1,):
         sizes = ParallelSizes(pipeline=chunks, virtual_pipeline=virtual)
-        found = [
-            layer
-            for stage in range(virtual)
-            for rank in range(chunks)
-            for layer in chunk_layers(layers, sizes, rank, stage)
-        ]
-        assert found == list(range(layers))
+        places = [(rank, stage) for stage in range(virtual) for rank in range(chunks)]
+        assert [layer for place in places for layer in chunk_layers(layers, sizes, *place)] == list(range(layers))
         assert len(stage_of_layer(layers, sizes)) == layers

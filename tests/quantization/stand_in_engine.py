@@ -8,7 +8,6 @@ Transformer Engine's documentation and source say of ``NVFP4BlockScaling`` with 
 from contextlib import contextmanager
 
 import torch
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megaqad.nvfp4 import fake_quantize
 from megaqad.quantization.transformer_engine import layer_on
@@ -26,8 +25,6 @@ def autocast(enabled):
 
 
 class _Linear(torch.nn.Module):
-    shards: dict[str, int]
-
     def __init__(self, input_size, output_size, *, config, init_method, bias, skip_bias_add, tp_group=None, **_):
         super().__init__()
         assert tp_group.size() == 1
@@ -37,7 +34,6 @@ class _Linear(torch.nn.Module):
             init_method(self.weight)
         self.is_first_microbatch = True
         self._kept = None
-        self._group = tp_group
 
     def forward(self, x):
         first, self.is_first_microbatch = self.is_first_microbatch, False
@@ -49,20 +45,7 @@ class _Linear(torch.nn.Module):
             weight = self._kept + (weight - weight.detach())
         return torch.nn.functional.linear(x, weight, self.bias), None
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        state = self.state_dict(prefix="", keep_vars=True)
-        groups = {"tp_group": self._group, "dp_cp_group": metadata["dp_cp_group"]}
-        return make_sharded_tensors_for_checkpoint(state, prefix, self.shards, sharded_offsets, **groups)
-
-
-class ColumnLinear(_Linear):
-    shards = {"weight": 0, "bias": 0}  # noqa: RUF012
-
-
-class RowLinear(_Linear):
-    shards = {"weight": 1}  # noqa: RUF012
-
 
 def layers():
     """In place of ``transformer_engine_layers``."""
-    return {"column": layer_on(ColumnLinear, autocast), "row": layer_on(RowLinear, autocast)}
+    return {"column": layer_on(_Linear, autocast), "row": layer_on(_Linear, autocast)}

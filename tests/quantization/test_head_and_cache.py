@@ -6,28 +6,26 @@ import torch
 
 def loss_parts(rank, world_size, sequence):
     """The head's weight, gradients of a loss through hidden states and head, and the calibrated amax."""
-    from megaqad.quantization.state import quantized_caches
-
     from megaqad.quantization.calibrate import calibrate
+    from megaqad.quantization.model import cache_sites
     from megaqad.runtime.ranks import ParallelSizes, parallel
     from tests.quantization.models import small_quantized_model
 
-    with parallel(ParallelSizes(tensor=world_size, sequence=sequence), seed=3) as context:
-        (chunk,) = small_quantized_model(
-            context, weights="fp8", activations="fp8", exclude=[], formats={"lm_head": "nvfp4"}, kv_cache="fp8"
+    with parallel(ParallelSizes(tensor=world_size, sequence=sequence), seed=3) as ranks:
+        model = small_quantized_model(
+            ranks, weights="fp8", activations="fp8", exclude=[], formats={"lm_head": "nvfp4"}, kv_cache="fp8"
         )
         tokens = torch.arange(32).view(1, 32)
-        calibrate([chunk], context, lambda: chunk(tokens))
+        chunk = model.last
+        calibrate(model, lambda: chunk(tokens))
         unrounded: list[torch.Tensor] = []
-        handle = chunk.decoder.register_forward_hook(lambda module, args, output: unrounded.append(output))
+        handle = chunk.final_norm.register_forward_hook(lambda module, args, output: unrounded.append(output))
         hidden, head = chunk(tokens), chunk.head_weight()
         handle.remove()
         unrounded[0].retain_grad()
         (hidden.sum() + 2 * head.sum()).backward()
         quantizer = chunk.head_quantizer
-        caches = [
-            (cache.key_amax.item(), cache.value_amax.item(), cache.hf_modules) for cache in quantized_caches([chunk])
-        ]
+        caches = [(cache.key_amax.item(), cache.value_amax.item(), cache.names) for cache in cache_sites(model)]
         return {
             "hidden": hidden.detach(),
             "unrounded": unrounded[0].detach(),
@@ -65,31 +63,26 @@ def test_the_head_is_rounded_on_both_sides(run_ranks, ranks, sequence):
 
 def attention_parts(rank, world_size, kv_format):
     """Output and gradients of attention on rounded keys and values, and on ones rounded beforehand."""
-    from megaqad.quantization.attention import QuantizedCausalAttention
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.enums import AttnMaskType
-
+    from megaqad.models.blocks.attention import causal_attention
     from megaqad.quantization.formats import cache_number
-    from megaqad.quantization.layers import QuantizerMode
     from megaqad.quantization.numbers import number_format
+    from megaqad.quantization.site import CacheSite, QuantizerMode
     from megaqad.runtime.ranks import ParallelSizes, parallel
 
     with parallel(ParallelSizes()):
-        config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4)
-        core = QuantizedCausalAttention(config, 1, AttnMaskType.causal, "self", kv_format=kv_format)
+        site = CacheSite("k", "v", kv_format, rounds=True, observes=())
         generator = torch.Generator().manual_seed(1)
         query, key, value = (torch.randn(8, 2, heads, 16, generator=generator) for heads in (4, 2, 2))
-        core.mode = QuantizerMode.CALIBRATE
-        core(query, key, value, None)
-        core.mode = QuantizerMode.ON
-        amaxes = (core.key_amax, core.value_amax)
+        site.mode = QuantizerMode.CALIBRATE
+        site(key, value)
+        amaxes = (site.key_amax, site.value_amax)
         numbers = number_format(cache_number(kv_format))
         rounded = [numbers.round_input(x, amax) for x, amax in zip((key, value), amaxes, strict=True)]
         results = []
         for mode, operands in ((QuantizerMode.ON, (key, value)), (QuantizerMode.OFF, rounded)):
-            core.mode = mode
+            site.mode = mode
             leaves = [x.clone().requires_grad_() for x in operands]
-            output = core(query, *leaves, None)
+            output = causal_attention(query, *site(*leaves))
             output.square().sum().backward()
             results.append([output.detach(), *(leaf.grad for leaf in leaves)])
         return results, [amax.item() for amax in amaxes], [key.abs().max().item(), value.abs().max().item()]

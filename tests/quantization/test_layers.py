@@ -57,14 +57,16 @@ FORMATS = {
 
 def parallel_layer(rank, world_size, kind, sequence, activations):
     """The same through the tensor-parallel layer; this rank's output, input gradient and weight gradient."""
-    from megaqad.models.rows import LinearSite
     from megatron.core.transformer import TransformerConfig
 
+    from megaqad.models.model import Model
+    from megaqad.models.weights import COLUMN, ROW, HfTensor, Weight
     from megaqad.quantization.calibrate import calibrate
-    from megaqad.quantization.layers import NVFP4ColumnParallelLinear, NVFP4RowParallelLinear, QuantizerMode
+    from megaqad.quantization.layers import NVFP4ColumnParallelLinear, NVFP4RowParallelLinear
+    from megaqad.quantization.site import QuantizerMode
     from megaqad.runtime.ranks import ParallelSizes, parallel
 
-    with parallel(ParallelSizes(tensor=world_size, sequence=sequence)) as context:
+    with parallel(ParallelSizes(tensor=world_size, sequence=sequence)) as ranks:
         config = TransformerConfig(
             num_layers=1,
             hidden_size=INPUTS,
@@ -82,7 +84,9 @@ def parallel_layer(rank, world_size, kind, sequence, activations):
             init_method=torch.nn.init.zeros_,
             bias=False,
             skip_bias_add=False,
-            site=LinearSite(layer=0, role="fc1", parallel=kind, hf_modules=("layer",)),
+            held=Weight("weight", (HfTensor("layer.weight", (OUTPUTS, INPUTS), COLUMN if kind == "column" else ROW),)),
+            observes=(ranks.tensor_group, ranks.data_group),
+            tp_group=ranks.tensor_group,
             quantization=FORMATS[activations],
             **split,
         )
@@ -94,7 +98,7 @@ def parallel_layer(rank, world_size, kind, sequence, activations):
         ours = whole_input.chunk(world_size)[rank] if sequence and kind == "column" else whole_input
         ours = ours.clone().requires_grad_()
         dynamic = layer.quantization.dynamic
-        calibrate([layer], context, None if dynamic else lambda: layer(ours.detach()))
+        calibrate(Model(None, [layer], ranks), None if dynamic else lambda: layer(ours.detach()))
         output, _ = layer(ours)
         wanted = gradient.chunk(world_size, -1)[rank] if kind == "column" else gradient
         wanted = wanted.chunk(world_size)[rank] if sequence and kind == "row" else wanted
@@ -131,20 +135,20 @@ def test_parallel_equals_dense(run_ranks, kind, ranks, sequence, activations):
 
 def grown_weight(rank, world_size):
     """Largest quantized weight before and after one weight grows tenfold."""
-    from megaqad.quantization.state import quantized_linears, refresh_weights
-
+    from megaqad.quantization.model import switch, weight_sites
+    from megaqad.quantization.site import QuantizerMode
     from megaqad.runtime.ranks import ParallelSizes, parallel
     from tests.quantization.models import small_quantized_model
 
-    with parallel(ParallelSizes(tensor=world_size)) as context:
-        chunks = small_quantized_model(context)
-        refresh_weights(chunks, context)
-        layer = next(iter(quantized_linears(chunks)))
+    with parallel(ParallelSizes(tensor=world_size)) as ranks:
+        model = small_quantized_model(ranks)
+        switch(model, QuantizerMode.ON)
+        layer = weight_sites(model)[0]
         before = layer.quantized_weight.abs().max().item()
         with torch.no_grad():
             if rank == 0:
                 layer.weight[0, 0] = 10 * before
-        refresh_weights(chunks, context)
+        model.changed()
         return before, layer.quantized_weight.abs().max().item(), 10 * before
 
 

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from megaqad.models.description import describe_model
-from megaqad.quantization.recipe import own_format, recipe_for
 from modelopt.recipe import load_recipe
 from safetensors.torch import load_file
 
 from megaqad.errors import UserError
+from megaqad.models.families import describe_model
 from megaqad.quantization.modelopt_recipe import _shipped, translate
+from megaqad.quantization.plan import own_format, plan_for
 from megaqad.quantization.settings import QuantizationSettings
 from megaqad.runtime.ranks import ParallelSizes
 from tests.export.export_runs import export_weights
@@ -57,7 +57,7 @@ def model(tmp_path_factory):
 
 def translated(name, folder):
     description = describe_model(folder)
-    return recipe_for(translate(name, QuantizationSettings(), description), description)
+    return plan_for(translate(name, QuantizationSettings(), description), description)
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name not in ACCEPTED])

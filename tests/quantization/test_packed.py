@@ -24,25 +24,24 @@ def saved_bytes(work):
 
 def train_once(rank, world_size, packs, dtype, options):
     """Losses' gradients of a whole small model after two microbatches; refreshes of the weights counted."""
-    from megaqad.quantization.state import quantized_linears
-
     from megaqad.distillation.forward import forward_hidden
     from megaqad.quantization.calibrate import calibrate
+    from megaqad.quantization.model import weight_sites
     from megaqad.runtime.ranks import ParallelSizes, parallel
     from tests.quantization.models import small_quantized_model
 
-    with parallel(ParallelSizes(tensor=world_size, sequence=options["sequence"])) as context:
+    with parallel(ParallelSizes(tensor=world_size, sequence=options["sequence"])) as ranks:
         torch.manual_seed(11)
         recipe = options.get("recipe", {})
-        chunks = small_quantized_model(context, dtype=dtype, recompute=options["recompute"], **recipe)
+        model = small_quantized_model(ranks, dtype=dtype, recompute=options["recompute"], **recipe)
         tokens = torch.randint(0, 64, (2, 1, 16), generator=torch.Generator().manual_seed(5))
-        calibrate(chunks, context, lambda: forward_hidden(chunks, list(tokens)))
-        for layer in quantized_linears(chunks):
+        calibrate(model, lambda: forward_hidden(model, list(tokens)))
+        for layer in weight_sites(model):
             layer.packs_inputs = packs
         for batch in tokens:
-            hidden = chunks[0](batch)
+            hidden = model.last(batch)
             hidden.backward(torch.linspace(-1, 1, hidden.numel()).view_as(hidden).to(hidden.dtype))
-        return {name: parameter.grad for name, parameter in chunks[0].named_parameters() if parameter.grad is not None}
+        return {name: parameter.grad for name, parameter in model.last.named_parameters() if parameter.grad is not None}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -71,17 +70,16 @@ def test_gradients_are_the_same_bits(run_ranks, ranks, options, dtype):
 
 def bytes_of_one_layer(rank, world_size, packs, needs_gradient):
     """Bytes saved by one W4A4 layer in BF16 beside its weight."""
-    from megaqad.quantization.state import quantized_linears
-
+    from megaqad.models.model import Model
     from megaqad.quantization.calibrate import calibrate
+    from megaqad.quantization.model import weight_sites
     from megaqad.runtime.ranks import ParallelSizes, parallel
     from tests.quantization.models import small_quantized_model
 
-    with parallel(ParallelSizes(tensor=world_size)) as context:
-        chunks = small_quantized_model(context, dtype=torch.bfloat16)
-        layer = next(iter(quantized_linears(chunks)))
+    with parallel(ParallelSizes(tensor=world_size)) as ranks:
+        layer = weight_sites(small_quantized_model(ranks, dtype=torch.bfloat16))[0]
         x = torch.randn(32, 2, layer.weight.shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
-        calibrate([layer], context, lambda: layer(x))
+        calibrate(Model(None, [layer], ranks), lambda: layer(x))
         layer.packs_inputs = packs
         x.requires_grad_(needs_gradient)
         (output, _), sizes = saved_bytes(lambda: layer(x))

@@ -1,13 +1,12 @@
 """Patterns on Hugging Face names decide what is quantized; what engines fuse stays together."""
 
 import pytest
-from megaqad.models.description import describe_model
-from megaqad.models.rows import linear_modules
-from megaqad.quantization.recipe import Recipe, misfits, recipe_for
 
 from megaqad.config import load_settings
 from megaqad.errors import UserError
+from megaqad.models.families import describe_model
 from megaqad.quantization.modelopt_recipe import translate
+from megaqad.quantization.plan import choose_formats, plan_for
 from megaqad.quantization.settings import QuantizationSettings
 from tests.export.modelopt_fixture import FP8, MXFP4, MXFP8, NVFP4
 from tests.models.checkpoints import hf_config, make_checkpoint
@@ -20,7 +19,7 @@ MODULES = [
 
 
 def quantized(**settings):
-    return set(Recipe(QuantizationSettings(**settings), MODULES).quantized_modules())
+    return set(choose_formats(QuantizationSettings(**settings), MODULES))
 
 
 def test_the_default_quantizes_all_but_the_head():
@@ -41,7 +40,7 @@ def test_exclusion_wins_over_inclusion():
 @pytest.mark.parametrize("name", ["nvfp4", "nvfp4_weight_only", "nvfp4_attention_bf16", "nvfp4_kv_fp8", "none"])
 def test_shipped_recipes_resolve(name):
     settings = load_settings([f"quantization={name}"]).quantization
-    chosen = Recipe(settings, MODULES).quantized_modules()
+    chosen = choose_formats(settings, MODULES)
     assert ("model.layers.0.self_attn.q_proj" in chosen) == (name in ("nvfp4", "nvfp4_weight_only", "nvfp4_kv_fp8"))
     assert ("model.layers.0.mlp.down_proj" in chosen) == (name != "none")
     assert settings.activations == ("nvfp4" if name in ("nvfp4", "nvfp4_attention_bf16", "nvfp4_kv_fp8") else "none")
@@ -60,8 +59,8 @@ def test_activations_without_weights_are_refused():
 
 def formats(**settings):
     """Weights' and inputs' format by module."""
-    recipe = Recipe(QuantizationSettings(**settings), MODULES)
-    return {name: (chosen.weights, chosen.activations) for name, chosen in recipe.formats.items()}
+    found = choose_formats(QuantizationSettings(**settings), MODULES)
+    return {name: (chosen.weights, chosen.activations) for name, chosen in found.items()}
 
 
 def test_the_last_matching_format_counts():
@@ -89,12 +88,13 @@ def test_the_last_matching_format_counts():
     ],
 )
 def test_shipped_mixtures(name, layer, attention, mlp, kv_cache):
-    recipe = Recipe(load_settings([f"quantization={name}"]).quantization, MODULES)
+    settings = load_settings([f"quantization={name}"]).quantization
+    found = choose_formats(settings, MODULES)
     for module, weights in (("self_attn.k_proj", attention), ("mlp.down_proj", mlp)):
-        chosen = recipe.module_format(f"model.layers.{layer}.{module}")
+        chosen = found.get(f"model.layers.{layer}.{module}")
         assert (chosen.weights if chosen else None) == weights
-    assert recipe.kv_cache == kv_cache
-    assert not recipe.selects("lm_head")
+    assert settings.kv_cache == kv_cache
+    assert "lm_head" not in found
 
 
 def test_keys_may_be_quoted_on_the_command_line():
@@ -121,10 +121,9 @@ def test_mistakes_are_named(settings, said):
         quantized(**settings)
 
 
-def test_fused_modules_in_two_formats_are_refused():
-    recipe = Recipe(QuantizationSettings(formats={"*.q_proj": "fp8"}), MODULES)
+def test_fused_modules_in_two_formats_are_refused(llama):
     with pytest.raises(UserError, match=r"q_proj in fp8 but .*k_proj in nvfp4"):
-        recipe.format_of(tuple(MODULES[:3]))
+        plan_for(QuantizationSettings(formats={"*.q_proj": "fp8"}), llama)
 
 
 @pytest.fixture(scope="module")
@@ -139,15 +138,15 @@ def llama(tmp_path_factory):
 
 def test_a_layer_that_does_not_divide_into_blocks(llama):
     mx = {"weights": "mxfp4", "activations": "mxfp4"}
-    assert recipe_for(QuantizationSettings(**mx), llama).selects("model.layers.0.self_attn.o_proj")
+    assert "model.layers.0.self_attn.o_proj" in plan_for(QuantizationSettings(**mx), llama).formats
     with pytest.raises(UserError, match=r"o_proj sums over 48 inputs on each of parallel.tensor=2 ranks, not a mult"):
-        recipe_for(QuantizationSettings(**mx), llama, tensor=2)
-    kept = recipe_for(QuantizationSettings(**mx, on_misfit="keep"), llama, tensor=2)
-    names = [name for name in linear_modules(llama) if name.endswith(("o_proj", "down_proj"))]
-    assert misfits(kept) == names
-    assert kept.unquantized_modules() == [*names, "lm_head"]
+        plan_for(QuantizationSettings(**mx), llama, tensor=2)
+    kept = plan_for(QuantizationSettings(**mx, on_misfit="keep"), llama, tensor=2)
+    names = [name for name in llama.linear_modules if name.endswith(("o_proj", "down_proj"))]
+    assert list(kept.misfits) == names
+    assert kept.unquantized == [*names, "lm_head"]
     with pytest.raises(UserError, match="head_dim is 24"):
-        recipe_for(QuantizationSettings(kv_cache="nvfp4"), llama)
+        plan_for(QuantizationSettings(kv_cache="nvfp4"), llama)
 
 
 def modelopt_choices(folder, name):
@@ -180,7 +179,7 @@ def key_of(number):
 def test_modelopt_recipes_mean_the_same(name, tmp_path):
     folder = make_checkpoint("llama", tmp_path / "model")
     description = describe_model(folder)
-    recipe = recipe_for(translate(f"general/ptq/{name}", QuantizationSettings(), description), description)
+    recipe = plan_for(translate(f"general/ptq/{name}", QuantizationSettings(), description), description)
     ours = {}
     for module, chosen in recipe.formats.items():
         ours[f"{module}.weight_quantizer"] = key_of(chosen.weights)
@@ -225,8 +224,8 @@ quantize:
     - {quantizer_name: "*layers.3.*", enable: false}
 """
     )
-    recipe = recipe_for(translate(str(path), QuantizationSettings(), llama), llama)
-    wanted = [name for name in linear_modules(llama) if "self_attn" in name and ".3." not in name]
-    assert recipe.quantized_modules() == wanted
+    recipe = plan_for(translate(str(path), QuantizationSettings(), llama), llama)
+    wanted = [name for name in llama.linear_modules if "self_attn" in name and ".3." not in name]
+    assert list(recipe.formats) == wanted
     assert {chosen.weights for chosen in recipe.formats.values()} == {"fp8"}
     assert recipe.kv_cache == "none"

@@ -88,36 +88,25 @@ def test_percentile_counts_exactly():
 
 def exported(rank, world, folder, sizes, options):
     """Calibrate, maybe spoil the weights, export; what the forward pass multiplied with, by module name."""
-    from megaqad.quantization.state import input_amaxes, quantized_linears, refresh_weights
-
-    from megaqad.export.checkpoint import Quantization, export_checkpoint
+    from megaqad.export.checkpoint import export_checkpoint
+    from megaqad.quantization.model import weight_sites
     from megaqad.runtime.ranks import parallel
     from tests.quantization.models import calibrated_student
 
-    with parallel(sizes) as context:
-        chunks, description, recipe = calibrated_student(context, folder, options["settings"], options["tokens"])
+    with parallel(sizes) as ranks:
+        model, plan = calibrated_student(ranks, folder, options["settings"], options["tokens"])
         if "move" in options:
             with torch.no_grad():
-                for layer in quantized_linears(chunks):
+                for layer in weight_sites(model):
                     layer.current_weight().mul_(options["move"])
                     if layer.scaling.weight_scales == "learned":
                         layer.weight_amax.mul_(1.1)
                         layer.weight_block_amax.mul_(0.9)
-            refresh_weights(chunks, context)
-        export_checkpoint(
-            chunks,
-            description,
-            context,
-            options["output_dir"],
-            model_dir=folder,
-            quantization=Quantization(recipe.formats, input_amaxes(chunks)),
-        )
+            model.changed()
+        export_checkpoint(model, plan, options["output_dir"], model_dir=folder)
         if world == 1:
-            return {
-                layer.site.hf_modules[0]: layer.quantized_weight
-                for layer in quantized_linears(chunks)
-                if len(layer.site.hf_modules) == 1
-            }
+            sites = [site for site in weight_sites(model) if len(site.module_names) == 1]
+            return {site.module_names[0]: site.quantized_weight for site in sites}
         return None
 
 

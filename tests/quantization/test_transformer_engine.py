@@ -118,10 +118,8 @@ def test_the_installed_recipe_has_the_fields():
         assert not quantized.fp4_2d_quantization
 
 
-def both_backends(context):
+def both_backends(ranks):
     """The same random model on the stand-in and emulated, calibrated on the same tokens; the tokens."""
-    from megaqad.quantization.state import refresh_weights
-
     from megaqad.distillation.forward import forward_hidden
     from megaqad.quantization import transformer_engine
     from megaqad.quantization.calibrate import calibrate
@@ -131,36 +129,33 @@ def both_backends(context):
     real = transformer_engine.transformer_engine_layers
     transformer_engine.transformer_engine_layers = stand_in_engine.layers
     try:
-        engine = small_quantized_model(context, backend="transformer_engine")
+        engine = small_quantized_model(ranks, backend="transformer_engine")
     finally:
         transformer_engine.transformer_engine_layers = real
-    emulated = small_quantized_model(context)
+    emulated = small_quantized_model(ranks)
     with torch.no_grad():
-        for ours, theirs in zip(engine[0].parameters(), emulated[0].parameters(), strict=True):
+        for ours, theirs in zip(engine.last.parameters(), emulated.last.parameters(), strict=True):
             ours.copy_(ours.bfloat16())
             theirs.copy_(ours)
     tokens = [torch.arange(48).view(2, 24) % 500]
     for model in (engine, emulated):
-        calibrate(model, context, lambda model=model: forward_hidden(model, tokens))
-        refresh_weights(model, context)
+        calibrate(model, lambda model=model: forward_hidden(model, tokens))
     return engine, emulated, tokens
 
 
 def compare(rank, world_size):
     """What the two backends differ in: keys, scales, outputs, gradients; and how the kept weight follows."""
-    from megaqad.quantization.state import quantized_linears, refresh_weights, set_mode
-
     from megaqad.distillation.forward import forward_hidden
-    from megaqad.quantization.layers import QuantizerMode
+    from megaqad.quantization.model import switch, weight_sites
+    from megaqad.quantization.site import QuantizerMode
     from megaqad.runtime.ranks import ParallelSizes, parallel
     from megaqad.training.pieces import model_pieces
 
-    with parallel(ParallelSizes()) as context:
-        engine, emulated, tokens = both_backends(context)
-        assert [piece.piece for piece in model_pieces(engine, context)] == [
-            piece.piece for piece in model_pieces(emulated, context)
-        ]
-        ours, theirs = (list(quantized_linears(model)) for model in (engine, emulated))
+    with parallel(ParallelSizes()) as ranks:
+        engine, emulated, tokens = both_backends(ranks)
+        ours, theirs = (model_pieces(model) for model in (engine, emulated))
+        assert [piece.piece for piece in ours] == [piece.piece for piece in theirs]
+        ours, theirs = (weight_sites(model) for model in (engine, emulated))
         assert [layer.input_amax for layer in ours] == [layer.input_amax for layer in theirs]
         assert all(torch.equal(a.quantized_weight, b.quantized_weight) for a, b in zip(ours, theirs, strict=True))
 
@@ -181,12 +176,14 @@ def compare(rank, world_size):
         with torch.no_grad():
             layer.weight.mul_(2)
         (kept,) = forward_hidden(engine, tokens)
-        set_mode(engine, QuantizerMode.OFF)
-        refresh_weights(engine, context)
+        engine.changed()
+        for site in ours:
+            site.mode = QuantizerMode.OFF
         (plain,) = forward_hidden(engine, tokens)
-        set_mode(engine, QuantizerMode.ON)
+        for site in ours:
+            site.mode = QuantizerMode.ON
         (after,) = forward_hidden(engine, tokens)
-        set_mode(emulated, QuantizerMode.OFF)
+        switch(emulated, QuantizerMode.OFF)
         with torch.no_grad():
             other.weight.mul_(2)
         (plain_emulated,) = forward_hidden(emulated, tokens)
@@ -202,18 +199,14 @@ def test_layers_are_the_emulated_ones_on_another_gemm(run_ranks):
 
 def copied_layers(rank, world_size, folder):
     """Types of the layers in the FP32 copy of a student on the stand-in."""
-    from megaqad.models.description import describe_model
-    from megaqad.quantization.recipe import recipe_for
-    from megaqad.quantization.state import quantized_linears
-
-    from megaqad.export.reference import float32_student
+    from megaqad.quantization.model import copy_quantized, weight_sites
+    from megaqad.quantization.plan import plan_for
     from megaqad.runtime.ranks import ParallelSizes, parallel
 
-    with parallel(ParallelSizes()) as context:
-        engine, _, _ = both_backends(context)
-        description = describe_model(folder)
-        copies = float32_student(engine, description, context, recipe_for(SETTINGS, description))
-        return {type(layer).__name__ for layer in quantized_linears(copies)}
+    with parallel(ParallelSizes()) as ranks:
+        engine, _, _ = both_backends(ranks)
+        copied = copy_quantized(engine, plan_for(SETTINGS, engine.architecture), dtype=torch.float32)
+        return {type(layer).__name__ for layer in weight_sites(copied)}
 
 
 def test_the_copy_that_an_export_is_verified_with_is_emulated(run_ranks, tmp_path):

@@ -96,22 +96,23 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _family_of(content: dict[str, Any], path: Path) -> Family:
-    """By ``model_type``, as transformers does; by ``architectures`` where that is missing."""
+    """By ``model_type``, as transformers does; by ``architectures`` where that is missing. Engines go by the latter, so
+    a file in which the two contradict each other is refused."""
     known = families()
     named = content.get("architectures") or []
     named = [str(name) for name in named] if isinstance(named, list) else [str(named)]
     model_type = content.get("model_type")
     if model_type is None:
         model_type = next((one.model_type for one in known.values() if one.architecture in named), None)
-    heads = [name for name in named if not name.lower().endswith(("forcausallm", "lmheadmodel"))]
-    if not isinstance(model_type, str) or model_type not in known or heads:
-        what = ", ".join(heads or named) or f"model_type={model_type!r}"
+    found = known.get(model_type) if isinstance(model_type, str) else None
+    if found is None or any(name.lower() != found.architecture.lower() for name in named):
+        what = ", ".join(named) or f"model_type={model_type!r}"
         supported = ", ".join(sorted(one.architecture for one in known.values()))
         raise UserError(
             f"{path.parent}: architecture {what} is not supported; choose a checkpoint of one of: {supported}; or add "
             'its family (README, "Adding a family")'
         )
-    return known[model_type]
+    return found
 
 
 def _parse(content: dict[str, Any], found: Family, path: Path) -> Any:
