@@ -15,18 +15,16 @@ def make(count: int, sequence_length: int = 8, seed: int = 1) -> TokenDataset:
 
 
 def joined(batches: list[Batch]) -> Batch:
-    return Batch(
-        *(torch.cat(parts) for parts in zip(*((b.tokens, b.labels, b.loss_mask) for b in batches), strict=True))
-    )
+    return Batch(*(torch.cat(parts) for parts in zip(*((b.tokens, b.labels, b.weights) for b in batches), strict=True)))
 
 
 def test_a_sequence_and_its_labels():
     batch = make(100).global_batch(0, global_batch_size=3)
     assert batch.tokens.dtype == batch.labels.dtype == torch.int64
-    assert batch.loss_mask.dtype == torch.float32
+    assert batch.weights.dtype == torch.float32
     assert torch.equal(batch.labels, batch.tokens + 1), "tokens count up, so each label is its token plus one"
     assert torch.equal(batch.tokens[:, 0] % 8, torch.zeros(3, dtype=torch.int64)), "sequences start at multiples of s"
-    assert torch.equal(batch.loss_mask, torch.ones(3, 8))
+    assert torch.equal(batch.weights, torch.ones(3, 8))
 
 
 @given(
@@ -112,7 +110,7 @@ def test_evaluation_predicts_every_token_once(count: int, length: int, micro: in
     assert len({len(batches) for batches in per_rank}) == 1
     everything = joined([batches[m] for m in range(len(per_rank[0])) for batches in per_rank])
     assert all(batch.tokens.shape == (micro, length) for batches in per_rank for batch in batches)
-    counted = everything.loss_mask.bool()
+    counted = everything.weights.bool()
     expected = min(count - 1, most) if most else count - 1
     assert torch.equal(everything.labels[counted], torch.arange(1, expected + 1)), "in order, once each"
     assert torch.equal(everything.tokens[counted], torch.arange(expected)), "each behind the token before it"

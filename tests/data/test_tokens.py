@@ -146,7 +146,7 @@ def test_limits_cut_the_tokens(text: Path):
     data = build(text, max_train_tokens=100, max_validation_tokens=40)
     assert len(data.train.tokens) == 100
     batches = data.validation.evaluation_batches(2, 0, 1)
-    assert sum(batch.loss_mask.sum().item() for batch in batches) == 40
+    assert sum(batch.weights.sum().item() for batch in batches) == 40
 
 
 def test_random_tokens_are_uniform_seeded_and_need_no_tokenizer(tmp_path: Path, cache: Path):

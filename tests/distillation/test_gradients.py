@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from megaqad.commands.session import Session
 from megaqad.commands.teaching import divergence_of, hidden_loss_of, teacher_of
 from megaqad.config import Settings, load_settings
-from megaqad.distillation.forward import flatten_tokens
-from megaqad.distillation.step import MicroBatch
+from megaqad.data.batch import Batch, flatten_tokens
 from megaqad.models.causal_lm import CausalLM
 from megaqad.runtime.ranks import shutdown_parallel
 from tests.distillation.runs import SMALL_RUN, qad_step
@@ -32,21 +31,21 @@ CASES = {
 }
 
 
-def batches(vocabulary: int) -> list[MicroBatch]:
+def batches(vocabulary: int) -> list[Batch]:
     """Two microbatches with weights of every kind."""
     draw = torch.Generator().manual_seed(7)
     tokens = torch.randint(vocabulary, (2, 3, 17), generator=draw)
     weights = torch.rand(2, 3, 16, generator=draw) + 0.5
     weights[0, :, ::3] = 0
-    return [MicroBatch(row[:, :-1], row[:, 1:], weight) for row, weight in zip(tokens, weights, strict=True)]
+    return [Batch(row[:, :-1], row[:, 1:], weight) for row, weight in zip(tokens, weights, strict=True)]
 
 
 def layer_outputs(model: CausalLM, tokens: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
     """Last hidden states and every layer's output, [s * b, h]."""
     kept: dict[int, Tensor] = {}
     hooks = [
-        layer.register_forward_hook(lambda layer, _, output, index=index: kept.update({index: output[0].flatten(0, 1)}))
-        for index, layer in enumerate(model.decoder.layers)
+        layer.register_forward_hook(lambda layer, _, output, index=index: kept.update({index: output.flatten(0, 1)}))
+        for index, layer in enumerate(model.layers)
     ]
     hidden = model(tokens).flatten(0, 1)
     for hook in hooks:
@@ -54,11 +53,11 @@ def layer_outputs(model: CausalLM, tokens: Tensor) -> tuple[Tensor, dict[int, Te
     return hidden, kept
 
 
-def defined_loss(settings: Settings, student: CausalLM, teacher: CausalLM, given: list[MicroBatch]) -> Tensor:
-    """Mean over the tokens that count, by the definitions."""
+def defined_loss(settings: Settings, student: CausalLM, teacher: CausalLM, given: list[Batch]) -> Tensor:
+    """Mean over the tokens by their weights, by the definitions."""
     hidden_settings, total = settings.distill.hidden, torch.zeros(())
     for batch in given:
-        weights = flatten_tokens(batch.token_weights)
+        weights = flatten_tokens(batch.weights)
         ours, our_layers = layer_outputs(student, batch.tokens)
         with torch.no_grad():
             theirs, their_layers = layer_outputs(teacher, batch.tokens)
@@ -71,7 +70,7 @@ def defined_loss(settings: Settings, student: CausalLM, teacher: CausalLM, given
             else:
                 value = weights.sum() * (1 - dense_cka(*pair, weights.double()))
             total = total + hidden_settings.weight * value
-    return total / sum(int(batch.token_weights.count_nonzero()) for batch in given)
+    return total / sum(batch.weights.sum() for batch in given)
 
 
 def errors_of_a_step(rank: int, world_size: int, overrides: list[str]) -> dict[str, Any]:
@@ -81,16 +80,16 @@ def errors_of_a_step(rank: int, world_size: int, overrides: list[str]) -> dict[s
     try:
         student, plain = session.original_student(), session.original_student()
         teacher = teacher_of(session, student)
-        hidden = hidden_loss_of(session, student, teacher)
+        hidden = hidden_loss_of(session, student, teacher.model)
         step = qad_step(session, student, teacher, divergence=divergence_of(session), hidden=hidden)
-        given = batches(session.description.vocab_size)
+        given = batches(session.architecture.vocab_size)
         result = step(given)
         assert result.fault is None
-        plain[0].config.recompute_granularity = None
-        loss = defined_loss(settings, plain[0], teacher.chunks[0], given)
+        plain.last.recompute = False
+        loss = defined_loss(settings, plain.last, teacher.model.last, given)
         loss.backward()
-        found = dict(student[0].named_parameters())
-        errors = {name: relative_error(found[name].main_grad, one.grad) for name, one in plain[0].named_parameters()}
+        found = dict(student.last.named_parameters())
+        errors = {name: relative_error(found[name].main_grad, one.grad) for name, one in plain.last.named_parameters()}
         return {"loss": abs(result.loss / float(loss) - 1), **errors}
     finally:
         shutdown_parallel()

@@ -13,7 +13,7 @@ from torch import Tensor
 from megaqad.commands.session import Session
 from megaqad.commands.teaching import teacher_of
 from megaqad.config import load_settings
-from megaqad.distillation.forward import flatten_tokens
+from megaqad.data.batch import flatten_tokens
 from megaqad.nvfp4 import fake_quantize, tensor_amax
 from megaqad.runtime.ranks import shutdown_parallel
 from tests.distillation.runs import SMALL_RUN, qad_step
@@ -54,19 +54,17 @@ def trained_gradients(rank: int, world_size: int, overrides: list[str]) -> Gradi
     try:
         student = session.calibrated_student()
         step = qad_step(session, student, teacher_of(session, student))
-        last, hidden = student[-1], []
+        last, hidden = student.last, []
 
-        def keep_gradient(decoder: torch.nn.Module, arguments: object, output: Tensor) -> None:
+        def keep_gradient(norm: torch.nn.Module, arguments: object, output: Tensor) -> None:
             output.register_hook(lambda gradient: hidden.append(gradient.clone()))
 
-        last.decoder.register_forward_hook(keep_gradient)
-        assert step(batches(session.description.vocab_size)).fault is None
-        if not session.context.is_last_stage:
+        last.final_norm.register_forward_hook(keep_gradient)
+        assert step(batches(session.architecture.vocab_size)).fault is None
+        if not session.ranks.is_last_stage:
             return None
         amax = None if last.head_quantizer is None else last.head_quantizer.input_amax
-        return Gradients(
-            amax, last.head_main_grad().clone(), hidden, last.decoder.final_layernorm.weight.main_grad.clone()
-        )
+        return Gradients(amax, last.head_main_grad().clone(), hidden, last.final_norm.weight.main_grad.clone())
     finally:
         shutdown_parallel()
 
@@ -80,11 +78,11 @@ def true_gradients(rank: int, world_size: int, overrides: list[str], amax: Tenso
     settings = load_settings([*SMALL_RUN, *KEEPS_GRADIENTS, *overrides])
     session = Session.start(settings)
     try:
-        (student,), (teacher,) = session.original_student(), session.frozen(settings.teacher_dir)  # quantizers off
+        student, teacher = session.original_student().last, session.frozen(settings.teacher_dir).last  # quantizers off
         weight = student.original_head()
         assert torch.equal(weight, weight.bfloat16().float()) or amax is None, "is rounded to BF16 first"
         kept, total = [], torch.zeros((), dtype=torch.float64)
-        given = batches(session.description.vocab_size)
+        given = batches(session.architecture.vocab_size)
         for batch in given:
             hidden = student(batch.tokens)
             hidden.retain_grad()
@@ -93,14 +91,14 @@ def true_gradients(rank: int, world_size: int, overrides: list[str], amax: Tenso
             seen = (hidden.double() if amax is None else rounded(hidden, amax)).flatten(0, 1)
             with torch.no_grad():
                 teacher_logits = teacher(batch.tokens).flatten(0, 1) @ teacher.head_weight().t()
-            total = total + (flatten_tokens(batch.token_weights) * dense_kl(seen @ head.t(), teacher_logits)).sum()
+            total = total + (flatten_tokens(batch.weights) * dense_kl(seen @ head.t(), teacher_logits)).sum()
         total.backward()
-        tokens = sum(int(batch.token_weights.count_nonzero()) for batch in given)
+        tokens = sum(batch.weights.sum() for batch in given)
         return Gradients(
             None,
             weight.grad / tokens,
             [hidden.grad for hidden in kept],
-            student.decoder.final_layernorm.weight.grad / tokens,
+            student.final_norm.weight.grad / tokens,
         )
     finally:
         shutdown_parallel()

@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from megaqad.models.modules import QuantizerParameter
 
 from megaqad.bench.memory import peak_memory
 from megaqad.commands.session import Session
@@ -15,6 +14,7 @@ from megaqad.commands.teaching import teacher_of
 from megaqad.config import check_settings, load_settings
 from megaqad.distillation.teachers import LiveTeacher, SelfTeacher
 from megaqad.errors import UserError
+from megaqad.models.model import QuantizerParameter
 from megaqad.runtime.ranks import shutdown_parallel
 from megaqad.training.freezing import freeze
 from megaqad.training.logs import read_metrics
@@ -172,14 +172,14 @@ def extra_bytes(rank: int, world_size: int, overrides: list[str]) -> tuple[int, 
     session = Session.start(settings)
     try:
         student = session.calibrated_student()
-        freeze(student, session.description, settings.train.trainable)
+        freeze(student, settings.train.trainable)
         before = live_bytes()
         teacher = teacher_of(session, student)
         held = live_bytes() - before
         assert isinstance(teacher, SelfTeacher if settings.distill.teacher == "self" else LiveTeacher)
         tokens = [torch.arange(16).view(1, 16)]
-        passing = peak_memory(lambda: teacher.last_hidden(tokens), session.context.device).tensor_bytes
-        sizes = [(one.nbytes, one.requires_grad) for chunk in student for one in chunk.parameters()]
+        passing = peak_memory(lambda: teacher.last_hidden(tokens), session.ranks.device).tensor_bytes
+        sizes = [(one.nbytes, one.requires_grad) for chunk in student.chunks for one in chunk.parameters()]
         trained = sum(size for size, trains in sizes if trains)
         return sum(size for size, _ in sizes), trained, held, passing
     finally:
@@ -236,7 +236,7 @@ def test_a_run_may_change_over_but_not_leave_trained_weights_to_the_teacher(mode
     expected = whole_tensors(last)
     shutil.rmtree(last)
     [message] = run_ranks(1, distill, [*itself, "train.trainable=[lm_head]"])
-    assert "step_00000001 holds optimizer.exp_avg.decoder.layers.1." in message
+    assert "step_00000001 holds optimizer.exp_avg.model.layers.1." in message
     assert run_ranks(1, distill, itself) == [None]
     assert differences(whole_tensors(last), expected) == []
 

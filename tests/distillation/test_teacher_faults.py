@@ -5,8 +5,8 @@ import torch
 
 from megaqad.commands.session import Session
 from megaqad.config import load_settings
+from megaqad.data.batch import Batch
 from megaqad.distillation.finite import TeacherFault, explain_teacher
-from megaqad.distillation.step import MicroBatch
 from megaqad.distillation.teachers import LiveTeacher
 from megaqad.errors import UserError
 from megaqad.runtime.ranks import shutdown_parallel
@@ -24,16 +24,17 @@ LAYOUTS = {
 class BrokenTeacher(LiveTeacher):
     """Gives numbers that are none in the second microbatch of its second step."""
 
-    def __init__(self, chunks, context, value: float) -> None:
-        super().__init__(chunks)
-        self.context, self.value, self.calls = context, value, 0
+    def __init__(self, model, value: float) -> None:
+        super().__init__(model)
+        self.value, self.calls = value, 0
 
     def last_hidden(self, tokens):
         hidden = super().last_hidden(tokens)
         self.calls += 1
         if self.calls == 2 and hidden:
             length = hidden[1].shape[0]
-            first = self.context.tensor_rank * length if self.context.sizes.sequence else 0
+            ranks = self.model.ranks
+            first = ranks.tensor_rank * length if ranks.sizes.sequence else 0
             for position in (2, 6, 7, 9):
                 if first <= position < first + length:
                     hidden[1][position - first, 1, 3] = self.value
@@ -46,21 +47,21 @@ def messages(rank: int, world_size: int, overrides: list[str], value: float, cou
     session = Session.start(settings)
     try:
         student = session.original_student()
-        step = qad_step(session, student, BrokenTeacher(session.frozen(settings.teacher_dir), session.context, value))
+        step = qad_step(session, student, BrokenTeacher(session.frozen(settings.teacher_dir), value))
         tokens = torch.randint(515, (2, 2, 17), generator=torch.Generator().manual_seed(1))
         weights = torch.ones(2, 2, 16)
         weights[1, 1, 2] = 0
         if not counts:
             weights[1, 1] = 0
-        given = [MicroBatch(row[:, :-1], row[:, 1:], weight) for row, weight in zip(tokens, weights, strict=True)]
+        given = [Batch(row[:, :-1], row[:, 1:], weight) for row, weight in zip(tokens, weights, strict=True)]
         assert step(given).fault is None
-        before = [one.detach().clone() for chunk in student for one in chunk.parameters()]
+        before = [one.detach().clone() for chunk in student.chunks for one in chunk.parameters()]
         said = None
         try:
             assert step(given).fault is None
         except UserError as error:
             said = str(error)
-        after = [one for chunk in student for one in chunk.parameters()]
+        after = [one for chunk in student.chunks for one in chunk.parameters()]
         return said, all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     finally:
         shutdown_parallel()

@@ -5,8 +5,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from megaqad.models.hf_reader import original_values
-from megaqad.quantization.state import quantized_caches, quantized_linears, refresh_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -14,8 +12,10 @@ from megaqad.commands.session import Session
 from megaqad.config import load_settings
 from megaqad.distillation.forward import forward_hidden
 from megaqad.distillation.teachers import SelfTeacher
-from megaqad.models.causal_lm import CausalLM
-from megaqad.quantization.layers import QuantizerMode
+from megaqad.models.load import original_values
+from megaqad.models.model import Model
+from megaqad.quantization.model import sites
+from megaqad.quantization.site import QuantizerMode
 from megaqad.runtime.ranks import shutdown_parallel
 from megaqad.training.freezing import freeze
 from megaqad.training.logs import read_metrics
@@ -148,21 +148,20 @@ def self_teacher(rank: int, world_size: int, overrides: list[str]) -> list[str]:
     session = Session.start(load_settings([*SMALL_RUN, *overrides]))
     try:
         student = session.calibrated_student()
-        freeze(student, session.description, session.settings.train.trainable)
+        freeze(student, session.settings.train.trainable)
         wrap_for_training(student)  # moves what is trained into a buffer
-        trained = [one for chunk in student for one in chunk.parameters() if one.requires_grad]
+        trained = [one for chunk in student.chunks for one in chunk.parameters() if one.requires_grad]
         shift(trained)
-        refresh_weights(student, session.context)
-        teacher = SelfTeacher(student, original_values(student, session.description, session.settings.model_dir))
+        student.changed()
+        teacher = SelfTeacher(student, original_values(student, session.settings.model_dir))
         before = [(one.data_ptr(), one.detach().clone()) for one in trained]
         wrong = list(wrong_passes(session, student, teacher))
         after = [(one.data_ptr(), one.detach()) for one in trained]
         if any(was != now or not torch.equal(old, new) for (was, old), (now, new) in zip(before, after, strict=True)):
             wrong.append("the trained weights are not put back where they were")
-        quantizers = [*quantized_linears(student), *quantized_caches(student)]
-        if any(layer.mode is not QuantizerMode.ON for layer in quantizers):
+        if any(site.mode is not QuantizerMode.ON for site in sites(student)):
             wrong.append("its quantizers stay off")
-        if session.context.is_last_stage:
+        if session.ranks.is_last_stage:
             wrong += wrong_heads(session, student, teacher)
         return wrong
     finally:
@@ -175,7 +174,7 @@ def shift(parameters: list[nn.Parameter]) -> None:
         parameter.add_(0.1)
 
 
-def wrong_passes(session: Session, student: list[CausalLM], teacher: SelfTeacher) -> Iterator[str]:
+def wrong_passes(session: Session, student: Model, teacher: SelfTeacher) -> Iterator[str]:
     """Its pass against the original's; then one that ends in the middle."""
     tokens = [torch.arange(32).view(2, 16)] * 2
     student_alone = forward_hidden(student, tokens)
@@ -192,9 +191,9 @@ def wrong_passes(session: Session, student: list[CausalLM], teacher: SelfTeacher
         pass
 
 
-def wrong_heads(session: Session, student: list[CausalLM], teacher: SelfTeacher) -> Iterator[str]:
+def wrong_heads(session: Session, student: Model, teacher: SelfTeacher) -> Iterator[str]:
     """The head that it hands out has to last until the losses of the student's pass are computed."""
-    head, parameter = teacher.head_weight(), student[-1].output_layer.weight
+    head, parameter = teacher.head_weight(), student.last.output_layer.weight
     if (head.data_ptr() == parameter.data_ptr()) == parameter.requires_grad:
         yield "a frozen head is a copy, or a trained one is the student's"
     if parameter.requires_grad:

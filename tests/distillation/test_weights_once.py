@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from megaqad.quantization.state import quantized_linears
 from torch import Tensor
 
 from megaqad.commands.session import Session
 from megaqad.commands.teaching import divergence_of, teacher_of
 from megaqad.config import load_settings
-from megaqad.distillation.step import MicroBatch
-from megaqad.models.causal_lm import CausalLM
+from megaqad.data.batch import Batch
+from megaqad.models.model import Model
 from megaqad.quantization.layers import QuantizedLinear
+from megaqad.quantization.model import weight_sites
 from megaqad.runtime.ranks import shutdown_parallel
 from megaqad.training.freezing import freeze
 from tests.distillation.runs import SMALL_RUN, qad_step
@@ -39,27 +39,27 @@ CASES = {
 }
 
 
-def batches(vocabulary: int, step: int) -> list[MicroBatch]:
+def batches(vocabulary: int, step: int) -> list[Batch]:
     tokens = torch.randint(vocabulary, (MICRO_BATCHES, 2, 17), generator=torch.Generator().manual_seed(step))
-    return [MicroBatch(row[:, :-1], row[:, 1:], torch.ones(2, 16)) for row in tokens]
+    return [Batch(row[:, :-1], row[:, 1:], torch.ones(2, 16)) for row in tokens]
 
 
-def rounded_weights(student: list[CausalLM]) -> list[Tensor]:
+def rounded_weights(student: Model) -> list[Tensor]:
     """The parameters that are only multiplied with after rounding, of those that are trained: of the linear layers and
     of the head."""
-    linears = [layer.weight for layer in quantized_linears(student) if isinstance(layer, QuantizedLinear)]
-    heads = [chunk.output_layer.weight for chunk in student if chunk.post_process]
+    linears = [layer.weight for layer in weight_sites(student) if isinstance(layer, QuantizedLinear)]
+    heads = [chunk.output_layer.weight for chunk in student.chunks if chunk.post_process]
     return [weight for weight in linears + heads if weight.requires_grad]
 
 
 @torch.no_grad()
-def hide_until_the_last_gradient(student: list[CausalLM]) -> None:
+def hide_until_the_last_gradient(student: Model) -> None:
     """NaN in place of the weights; the schedule gives them back when all its backward passes are done."""
     weights = rounded_weights(student)
     kept = [weight.clone() for weight in weights]
     for weight in weights:
         weight.fill_(torch.nan)
-    config = student[0].config
+    config = student.chunks[0].config
     finish = config.finalize_model_grads_func
 
     @torch.no_grad()
@@ -94,9 +94,9 @@ def train(rank: int, world_size: int, overrides: list[str]) -> list[Trained]:
 
 def train_one(session: Session, hides: bool) -> Trained:
     student = session.calibrated_student()
-    freeze(student, session.description, session.settings.train.trainable)
+    freeze(student, session.settings.train.trainable)
     step = qad_step(session, student, teacher_of(session, student), divergence=divergence_of(session))
-    layers = list(quantized_linears(student))
+    layers = weight_sites(student)
     used: list[list[Tensor]] = [[] for _ in layers]  # the tensors themselves: an address may be used again
     for layer, found in zip(layers, used, strict=True):
         layer.register_forward_pre_hook(lambda one, _, found=found: found.append(one.quantized_weight))
@@ -105,11 +105,11 @@ def train_one(session: Session, hides: bool) -> Trained:
         if hides:
             assert rounded_weights(student), "this rank would show nothing"
             hide_until_the_last_gradient(student)
-        losses.append(step(batches(session.description.vocab_size, index)).loss)
+        losses.append(step(batches(session.architecture.vocab_size, index)).loss)
         for layer, found in zip(layers, used, strict=True):
             if len(found) < MICRO_BATCHES * (index + 1) or len({id(one) for one in found}) != index + 1:
-                wrong.append(layer.site.hf_modules[0])
-    return Trained(losses, [one.detach().clone() for one in student[0].parameters()], wrong)
+                wrong.append(layer.module_names[0])
+    return Trained(losses, [one.detach().clone() for one in student.chunks[0].parameters()], wrong)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from megaqad.models.description import describe_model
-from megaqad.models.rows import linear_modules
 from safetensors.torch import load_file
 
 from megaqad.export.manifest import MANIFEST_FILE, tensor_digest
+from megaqad.models.families import describe_model
 from megaqad.runtime.ranks import ParallelSizes
 from tests.export.export_runs import export_weights, refused_export
 from tests.export.modelopt_fixture import max_settings, modelopt_export
@@ -54,7 +53,7 @@ def test_bytes_equal_modelopt_from_every_layout(recipe: str, tmp_path: Path) -> 
     folder = make_checkpoint(case, tmp_path / "in", dtype=torch.bfloat16)
     tokens = torch.from_numpy(random_tokens(CASES[case]["vocab_size"]))
     theirs = modelopt_export(folder, tmp_path / "theirs", tokens, max_settings(patterns, kv_cache))
-    modules = linear_modules(describe_model(folder)) + (["lm_head"] if "lm_head" in patterns else [])
+    modules = describe_model(folder).linear_modules + (["lm_head"] if "lm_head" in patterns else [])
     formats = {name: [choice for pattern, choice in patterns.items() if fnmatch(name, pattern)][-1] for name in modules}
     formats = {name: choice for name, choice in formats.items() if choice != "bf16"}
 
@@ -80,7 +79,7 @@ def test_bytes_equal_modelopt_from_every_layout(recipe: str, tmp_path: Path) -> 
 
 def test_a_recipe_that_keeps_attention_lists_full_names(tmp_path: Path) -> None:
     folder = make_checkpoint("mistral", tmp_path / "in", dtype=torch.bfloat16)
-    modules = [name for name in linear_modules(describe_model(folder)) if "mlp" in name]
+    modules = [name for name in describe_model(folder).linear_modules if "mlp" in name]
     options = {
         "output_dir": tmp_path / "out",
         "formats": dict.fromkeys(modules, "nvfp4"),
@@ -90,7 +89,7 @@ def test_a_recipe_that_keeps_attention_lists_full_names(tmp_path: Path) -> None:
     written = load_file(tmp_path / "out/model.safetensors")
     original = load_file(folder / "model.safetensors")
     excluded = json.loads((tmp_path / "out/hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
-    attention = [name for name in linear_modules(describe_model(folder)) if "self_attn" in name]
+    attention = [name for name in describe_model(folder).linear_modules if "self_attn" in name]
     assert excluded == [*attention, "lm_head", "model.embed_tokens"]
     for name in attention:
         assert torch.equal(written[f"{name}.weight"], original[f"{name}.weight"])
@@ -101,7 +100,7 @@ def test_fp32_weights_are_cast_first(tmp_path: Path) -> None:
     """Scales and codes come from the BF16 tensor: an FP32 run exports what its BF16 cast would."""
     wide = make_checkpoint("llama", tmp_path / "wide", dtype=torch.float32)
     narrow = make_checkpoint("llama", tmp_path / "narrow", dtype=torch.bfloat16)
-    modules = linear_modules(describe_model(wide))
+    modules = describe_model(wide).linear_modules
     for folder, dtype, name in ((wide, torch.float32, "a"), (narrow, torch.bfloat16, "b")):
         options = {
             "output_dir": tmp_path / name,
@@ -114,7 +113,7 @@ def test_fp32_weights_are_cast_first(tmp_path: Path) -> None:
 
 def test_several_files_hold_the_same_tensors(tmp_path: Path) -> None:
     folder = make_checkpoint("llama", tmp_path / "in", dtype=torch.bfloat16)
-    modules = linear_modules(describe_model(folder))
+    modules = describe_model(folder).linear_modules
     options: dict[str, Any] = {"formats": dict.fromkeys(modules, "nvfp4"), "input_amax": dict.fromkeys(modules, 1.0)}
     run_ranks(1, export_weights, folder, ParallelSizes(), {**options, "output_dir": tmp_path / "one"})
     split = {**options, "output_dir": tmp_path / "many", "max_file_bytes": 40_000}
@@ -129,7 +128,7 @@ def test_several_files_hold_the_same_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_nan_on_one_rank_stops_all_of_them(value: float, tmp_path: Path) -> None:
     folder = make_checkpoint("llama", tmp_path / "in", dtype=torch.bfloat16)
-    modules = linear_modules(describe_model(folder))
+    modules = describe_model(folder).linear_modules
     options = {"output_dir": tmp_path / "out", "formats": dict.fromkeys(modules, "nvfp4_weight_only"), "spoil": value}
     messages = run_ranks(4, refused_export, folder, ParallelSizes(tensor=2, pipeline=2), options)
     assert len(set(messages)) == 1
@@ -140,7 +139,7 @@ def test_a_nan_on_one_rank_stops_all_of_them(value: float, tmp_path: Path) -> No
 @pytest.mark.parametrize("value", [None, 0.0, float("inf")])
 def test_an_input_that_was_not_calibrated_is_refused(value: float | None, tmp_path: Path) -> None:
     folder = make_checkpoint("llama", tmp_path / "in", dtype=torch.bfloat16)
-    modules = linear_modules(describe_model(folder))
+    modules = describe_model(folder).linear_modules
     amax = {**dict.fromkeys(modules, 1.0), "model.layers.1.mlp.up_proj": value}
     if value is None:
         del amax["model.layers.1.mlp.up_proj"]

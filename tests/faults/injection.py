@@ -18,9 +18,9 @@ POINTS = {
     "teacher forward": "megaqad.distillation.teachers:forward_hidden",
     "student forward": "megaqad.distillation.step:linear_divergence",
     "backward": "megaqad.distillation.finite:_adder",
-    "gradient reduction": "megaqad.training.optimizer:finalize_model_grads",
+    "gradient reduction": "megaqad.distillation.step:finalize_model_grads",
     "optimizer": "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.step_with_ready_grads",
-    "weights quantized": "megaqad.distillation.step:refresh_weights",
+    "weights quantized": "megaqad.quantization.model:refresh",
     "validation": "megaqad.evaluation.evaluate:Evaluator.evaluate",
     "log": "megaqad.training.logs:MetricsLog.write",
     "copy to host": "megaqad.training.saver:to_host",
@@ -206,7 +206,7 @@ def clock_goes_back(seconds_per_call: float) -> None:
 
 
 def nan_in_data(first_sample: int, micro_batch: int, data_rank: int) -> None:
-    """The loss mask of one microbatch of the step that begins at ``first_sample`` is NaN."""
+    """A token weight of one microbatch of the step that begins at ``first_sample`` is NaN."""
 
     def make(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -214,7 +214,7 @@ def nan_in_data(first_sample: int, micro_batch: int, data_rank: int) -> None:
             batches = function(self, consumed_samples, **kwargs)
             # The calibration reads from sample 0 in a global batch of its own.
             if consumed_samples == first_sample and kwargs["data_rank"] == data_rank:
-                batches[micro_batch].loss_mask[0, 0] = float("nan")
+                batches[micro_batch].weights[0, 0] = float("nan")
             return batches
 
         return wrapped
@@ -222,7 +222,9 @@ def nan_in_data(first_sample: int, micro_batch: int, data_rank: int) -> None:
     _replace(POINTS["data"], make)
 
 
-def nan_in_gradient(step: int, micro_batch: int, rank: int, parameter: str = "layers.1.mlp.linear_fc2.weight") -> None:
+def nan_in_gradient(
+    step: int, micro_batch: int, rank: int, parameter: str = "layers.1.mlp.block.linear_fc2.weight"
+) -> None:
     """One element of one parameter's gradient is NaN in one microbatch of one step, counted by the run's schedule."""
     if rank != _this_rank():
         return
@@ -240,12 +242,12 @@ def nan_in_gradient(step: int, micro_batch: int, rank: int, parameter: str = "la
         spoiled.view(-1)[0] = float("nan")
         return spoiled
 
-    def __init__(self: Any, student: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, model: Any, student: Any, *args: Any, **kwargs: Any) -> None:
         for chunk in student:
             for name, value in chunk.named_parameters():
                 if name.endswith(parameter):
                     value.register_hook(spoil)
-        start(self, student, *args, **kwargs)
+        start(self, model, student, *args, **kwargs)
 
     def __call__(self: Any, micro_batches: Any) -> Any:
         at["step"], at["micro_batch"] = self.scheduler.num_steps + 1, 0
@@ -270,10 +272,10 @@ def loss_spike(consumed_samples: int, factor: float) -> None:
     def make(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapped(self: Any, *args: Any) -> Any:
-            loss, tokens = function(self, *args)
-            return (loss * factor if seen["samples"] == consumed_samples else loss), tokens
+            loss = function(self, *args)
+            return loss * factor if seen["samples"] == consumed_samples else loss
 
         return wrapped
 
     loop.Loop._micro_batches = remember
-    _replace("megaqad.distillation.step:DistillationStep._reduce", make)
+    _replace("megaqad.distillation.step:DistillationStep._mean", make)

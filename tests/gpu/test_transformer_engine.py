@@ -19,17 +19,17 @@ def one_rank():
     from megaqad.runtime.ranks import ParallelSizes, join_ranks, parallel
 
     join_ranks()
-    with parallel(ParallelSizes()) as context:
-        yield context
+    with parallel(ParallelSizes()) as ranks:
+        yield ranks
     dist.destroy_process_group()
 
 
-def layers(kind):
+def layers(kind, ranks):
     """(Transformer Engine, emulated) with the same BF16 weight."""
-    from megaqad.models.rows import LinearSite
-    from megaqad.quantization.recipe import LinearFormat
     from megatron.core.transformer import TransformerConfig
 
+    from megaqad.models.weights import COLUMN, ROW, HfTensor, Weight
+    from megaqad.quantization.formats import LinearFormat
     from megaqad.quantization.layers import NVFP4ColumnParallelLinear, NVFP4RowParallelLinear
     from megaqad.quantization.transformer_engine import transformer_engine_layers
 
@@ -47,7 +47,9 @@ def layers(kind):
             bias=False,
             skip_bias_add=False,
             is_expert=False,
-            site=LinearSite(layer=0, role="fc1", parallel=kind, hf_modules=("layer",)),
+            tp_group=ranks.tensor_group,
+            held=Weight("weight", (HfTensor("layer.weight", (OUTPUTS, INPUTS), COLUMN if kind == "column" else ROW),)),
+            observes=(ranks.tensor_group, ranks.data_group),
             quantization=LinearFormat("nvfp4", "nvfp4"),
             **split,
         )
@@ -63,15 +65,16 @@ def layers(kind):
 @pytest.mark.parametrize("kind", ["column", "row"])
 def test_forward_and_backward(one_rank, kind):
     """Equal but for ties, which the engine's reciprocal form rounds otherwise: a few codes in a thousand, one step."""
+    from megaqad.models.model import Model
     from megaqad.quantization.calibrate import calibrate
 
     x = torch.randn(TOKENS, 2, INPUTS, generator=torch.Generator().manual_seed(1)).bfloat16().clamp(-3, 3)
     x[0, 0, 0] = 3.0
     gradient = torch.randn(TOKENS, 2, OUTPUTS, generator=torch.Generator().manual_seed(2)).bfloat16().cuda()
     results = []
-    for layer in layers(kind):
+    for layer in layers(kind, one_rank):
         inputs = x.cuda().requires_grad_()
-        calibrate([layer], one_rank, lambda layer=layer, inputs=inputs: layer(inputs.detach()))
+        calibrate(Model(None, [layer], one_rank), lambda layer=layer, inputs=inputs: layer(inputs.detach()))
         assert layer.input_amax.item() == 3.0
         output, _ = layer(inputs)
         output.backward(gradient)
@@ -83,5 +86,5 @@ def test_forward_and_backward(one_rank, kind):
 @pytest.mark.parametrize("kind", ["column", "row"])
 def test_with_quantizers_off_it_is_the_bf16_layer(one_rank, kind):
     x = torch.randn(TOKENS, 1, INPUTS, generator=torch.Generator().manual_seed(1)).bfloat16().cuda()
-    ours, theirs = (layer(x)[0].float() for layer in layers(kind))
+    ours, theirs = (layer(x)[0].float() for layer in layers(kind, one_rank))
     assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-3

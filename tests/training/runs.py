@@ -45,10 +45,10 @@ def copy_through_layout(rank: int, world_size: int, overrides: list[str], target
         assert newest is not None
         student = session.original_student()
         optimizer, scheduler = build_optimizer(wrap_for_training(student), settings.train, session.dtype)
-        state = load_checkpoint(newest, student, session.context, optimizer, scheduler)
-        saver = CheckpointSaver(session.context)
+        state = load_checkpoint(newest, student, optimizer, scheduler)
+        saver = CheckpointSaver(session.ranks)
         again = CheckpointState(
-            state.position, state.fingerprint, layout_of(session.context), updates=updates_done(optimizer)
+            state.position, state.fingerprint, layout_of(session.ranks), updates=updates_done(optimizer)
         )
         saver.start(target, student, again, optimizer)
         saver.finish()

@@ -118,7 +118,7 @@ def rewrite(path, change):
 
 
 def is_scale(held):
-    return held.piece.key.endswith("layers.1.mlp.linear_fc2.weight_block_amax")
+    return held.piece.key.endswith("layers.1.mlp.down_proj.weight_block_amax")
 
 
 def without(pieces):
@@ -162,7 +162,7 @@ def test_a_wrong_scale_is_refused_by_name(change, named, finished, model, tmp_pa
     (directory / "manifest.json").write_text(json.dumps(manifest))
     messages = run_ranks(2, distill, settings_of(model, half, "parallel.tensor=2"))
     assert messages[0] == messages[1]
-    assert named.format("decoder.layers.1.mlp.linear_fc2.weight_block_amax") in messages[0]
+    assert named.format("model.layers.1.mlp.down_proj.weight_block_amax") in messages[0]
     assert len(messages[0].splitlines()) == 1
 
 

@@ -35,12 +35,12 @@ def moved(run_dir):
 
 LEARNED = "quantization.weight_scales=learned"
 CASES = {
-    "embeddings": ("['model.embed_tokens']", lambda name: name.startswith("embedding.")),
+    "embeddings": ("['model.embed_tokens']", lambda name: name.startswith("model.embed_tokens.")),
     "second-half": (
         "['model.layers.[23].*']",
-        lambda name: name.startswith(("decoder.layers.2.", "decoder.layers.3.")) and not name.endswith("input_amax"),
+        lambda name: name.startswith(("model.layers.2.", "model.layers.3.")) and not name.endswith("input_amax"),
     ),
-    "head-and-norm": ("[lm_head,model.norm]", lambda name: name.startswith(("output_layer.", "decoder.final_"))),
+    "head-and-norm": ("[lm_head,model.norm]", lambda name: name.startswith(("lm_head.", "model.norm."))),
     "scales": ("[scales]", lambda name: name.endswith(("weight_amax", "weight_block_amax"))),
 }
 LAYOUTS = {
