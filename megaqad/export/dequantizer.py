@@ -6,21 +6,23 @@ others count decision points and cast. An error would have to be made twice, dif
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+_PAIRS = torch.stack([_VALUES.repeat(16), _VALUES.repeat_interleave(16)], dim=1)
+"""[256, 2]: the two values of a byte, that of the low nibble first."""
 
 
 def _unpack(packed: Tensor) -> Tensor:
     """float32 [N, K] from uint8 [N, K / 2]."""
-    codes = torch.empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=torch.long)
-    codes[..., 0::2] = packed % 16
-    codes[..., 1::2] = packed // 16
-    return _VALUES[codes]
+    return nn.functional.embedding(packed.int(), _PAIRS).flatten(-2)
 
 
-def _spread(scales: Tensor, block: int) -> Tensor:
-    return scales.repeat_interleave(block, dim=-1)
+def _scaled(values: Tensor, scales: Tensor) -> Tensor:
+    """``values`` [N, K], in place, times the scales [N, K / block] of their blocks."""
+    rows, inputs = values.shape
+    blocks = values.view(rows, scales.shape[-1], inputs // scales.shape[-1])
+    return blocks.mul_(scales.unsqueeze(-1)).view(rows, inputs)
 
 
 def _powers(exponents: Tensor) -> Tensor:
@@ -31,7 +33,7 @@ def _powers(exponents: Tensor) -> Tensor:
 
 def read_nvfp4(packed: Tensor, block_scales: Tensor, global_scale: Tensor) -> Tensor:
     """float32 [N, K] from uint8 [N, K / 2], float8_e4m3fn [N, K / 16] and float32 []."""
-    return _unpack(packed) * _spread(block_scales.float() * global_scale, 16)
+    return _scaled(_unpack(packed), block_scales.float() * global_scale)
 
 
 def read_fp8(weight: Tensor, scale: Tensor) -> Tensor:
@@ -41,12 +43,12 @@ def read_fp8(weight: Tensor, scale: Tensor) -> Tensor:
 
 def read_mxfp8(weight: Tensor, exponents: Tensor) -> Tensor:
     """float32 [N, K] from float8_e4m3fn [N, K] and uint8 [N, K / 32]."""
-    return weight.float() * _spread(_powers(exponents), 32)
+    return _scaled(weight.float(), _powers(exponents))
 
 
 def read_mxfp4(packed: Tensor, exponents: Tensor) -> Tensor:
     """float32 [N, K] from uint8 [N, K / 2] and uint8 [N, K / 32]."""
-    return _unpack(packed) * _spread(_powers(exponents), 32)
+    return _scaled(_unpack(packed), _powers(exponents))
 
 
 def round_e2m1(values: Tensor) -> Tensor:
@@ -115,4 +117,4 @@ def _block_powers(x: Tensor, largest: float) -> Tensor:
     """[.., K]: the least power of two, not below 2^-127, under which every value of the block is within ``largest``."""
     amax = x.double().unflatten(-1, (-1, 32)).abs().amax(-1)
     exponent = torch.log2(amax / largest).ceil().clamp(min=-127.0)
-    return _spread(torch.exp2(exponent).float(), 32)
+    return torch.exp2(exponent).float().repeat_interleave(32, dim=-1)

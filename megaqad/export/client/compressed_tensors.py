@@ -1,8 +1,6 @@
-"""What a reader of compressed-tensors' layout knows: each format's tensors and numbers, and what config.json says.
+"""What a reader of compressed-tensors' layout knows: each format's tensors and numbers, and what config.json says."""
 
-Independent of the writer, as the whole client is (``client.py``).
-"""
-
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megaqad.export import dequantizer as numbers
-from megaqad.export.client_files import VerificationError
-from megaqad.export.client_layout import CacheLayout, Declared, Layout
+from megaqad.export.client.files import VerificationError
+from megaqad.export.client.layouts import CacheLayout, Declared, Layout, attention_modules
 
 
 def _read_nvfp4(packed: Tensor, block_scales: Tensor, inverse: Tensor) -> Tensor:
@@ -100,7 +98,7 @@ SCHEMES = (
 )
 
 
-def declared(folder: Path, quantization: dict[str, Any], linears: list[str], num_layers: int) -> Declared:
+def declared(folder: Path, quantization: Mapping[str, Any], linears: Sequence[str]) -> Declared:
     """What config.json's ``quantization`` says of the model's ``linears``.
 
     Raises:
@@ -108,13 +106,13 @@ def declared(folder: Path, quantization: dict[str, Any], linears: list[str], num
     """
     try:
         found: dict[str, Scheme] = {}
-        ignored, status = quantization["ignore"], quantization["quantization_status"]
+        known, ignored, status = set(linears), set(quantization["ignore"]), quantization["quantization_status"]
         for group in quantization["config_groups"].values():
             scheme = _scheme(folder, group)
             # A class of modules means all that the groups do not name and ``ignore`` does not list.
             targets = [name for name in linears if name not in ignored] if group["targets"] == ["Linear"] else None
             for name in group["targets"] if targets is None else targets:
-                if name in found or name not in linears or name in ignored:
+                if name in found or name not in known or name in ignored:
                     raise VerificationError(
                         f"{folder}: config.json says two things of {name}, or it is no linear module; export again"
                     )
@@ -132,12 +130,11 @@ def declared(folder: Path, quantization: dict[str, Any], linears: list[str], num
     unsaid = [name for name in linears if name not in found and name not in ignored]
     if unsaid:
         raise VerificationError(f"{folder}: config.json neither quantizes nor ignores {unsaid[0]}; export again")
-    return Declared(
-        {name: found[name].layout for name in linears if name in found}, _cache(folder, kv_cache, num_layers)
-    )
+    layouts = {name: found[name].layout for name in linears if name in found}
+    return Declared(layouts, _cache(folder, kv_cache, linears))
 
 
-def _scheme(folder: Path, group: dict[str, Any]) -> Scheme:
+def _scheme(folder: Path, group: Mapping[str, Any]) -> Scheme:
     for scheme in SCHEMES:
         said = (group["format"], group["weights"], group["input_activations"], group["output_activations"])
         if said == (scheme.format, scheme.weights, scheme.input_activations, None):
@@ -145,14 +142,14 @@ def _scheme(folder: Path, group: dict[str, Any]) -> Scheme:
     raise VerificationError(f"{folder}: {group} of config.json cannot be verified; export again")
 
 
-def _cache(folder: Path, said: dict[str, Any] | None, num_layers: int) -> CacheLayout | None:
+def _cache(folder: Path, said: Mapping[str, Any] | None, linears: Iterable[str]) -> CacheLayout | None:
     if said is None:
         return None
     if said != _FP8_ARGS:
         raise VerificationError(f"{folder}: kv_cache_scheme={said} cannot be verified; export again")
     modules = {
-        f"model.layers.{layer}.self_attn.{kind}_scale": f"model.layers.{layer}.self_attn.{kind}_proj"
-        for layer in range(num_layers)
+        f"{attention}.{kind}_scale": f"{attention}.{kind}_proj"
+        for attention in attention_modules(linears)
         for kind in ("k", "v")
     }
     return CacheLayout(numbers.round_fp8, modules, optional=False, scalar=ONE)

@@ -1,6 +1,6 @@
 """How the parts of an export lie in its files, as a reader must take them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +25,11 @@ class Layout:
     scalar: tuple[int, ...] = ()
     """Shape of the scale of a whole tensor."""
 
+    @property
+    def block(self) -> int:
+        """Elements of K that share a scale; 1 where the whole tensor does."""
+        return max(1, *(covers for ending, (_, covers) in self.tensors.items() if ending.endswith("scale")))
+
 
 @dataclass(frozen=True)
 class CacheLayout:
@@ -47,3 +52,10 @@ class Declared:
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     """Of the quantized modules, in model order."""
     cache: CacheLayout | None = None
+    excluded: tuple[str, ...] = ()
+    """What the files list as not quantized, where they do: engines look for these as parts of names too."""
+
+
+def attention_modules(linears: Iterable[str]) -> list[str]:
+    """The modules that hold projections of keys, alone or fused with others."""
+    return [parent for parent, _, leaf in (name.rpartition(".") for name in linears) if leaf in ("k_proj", "qkv_proj")]
