@@ -1,18 +1,20 @@
 """``megaqad verify``: read the export back as a client would and compare it with the student, in ``verify.json``."""
 
+import math
+from collections.abc import Callable
+
 import torch
-import torch.distributed as dist
 
 from megaqad.commands.logits import gathered_logits
 from megaqad.commands.session import Session
 from megaqad.commands.students import load_student
 from megaqad.config import Settings
 from megaqad.data import read_token_file
-from megaqad.errors import UserError
 from megaqad.export.reference import student_reference
-from megaqad.export.verify import Verification
+from megaqad.export.verify import Verification, arithmetic
 from megaqad.export.verify import verify as verify_export
 from megaqad.models.model import Model
+from megaqad.runtime.agree import on_main_for_long
 
 SEQUENCES, LENGTH = 4, 128
 """Tokens compared when the user gives none: enough for every layer and scale to show in the logits."""
@@ -25,45 +27,50 @@ def verify(settings: Settings) -> None:
 
 
 def compare_export(session: Session, student: Model) -> Verification | None:
-    """Run the student and the export on the same tokens; the main rank returns what was found.
+    """Run the student and the export on the same tokens; what was found, on every rank, None under verify.model=off.
 
-    Collectives: a forward pass of the student, its logits to the main rank, one broadcast of the outcome.
+    Collectives: forward passes of the student, its logits to the main rank, and while that rank reads the export a
+    broadcast every few seconds.
 
     Raises:
         UserError: the export is damaged or computes something else; on every rank.
     """
-    settings = session.settings
+    settings, model = session.settings, session.settings.verify.model
+    report = settings.run_dir / "verify.json"
+    if model == "off":
+        if session.ranks.is_main:
+            report.unlink(missing_ok=True)  # of an earlier export
+        session.terminal.say("the export is not verified: verify.model=off")
+        return None
     given = settings.tokens
     tokens = read_token_file(given, session.architecture.vocab_size) if given else _some_tokens(session)
+    parameters = sum(math.prod(shape) for shape in session.architecture.tensors.values())
     reference = student_reference(
         student,
         session.plan,
-        lambda model: gathered_logits(session, model, tokens),
+        None if model == "files" else lambda copied: gathered_logits(session, copied, tokens),
+        dtype=arithmetic(parameters),
     )
-    result: Verification | None = None
-    problem: list[str | None] = [None]
-    if session.ranks.is_main:
+
+    def read(beat: Callable[[], None]) -> Verification:
+        def advance(doing: str, done: int, total: int) -> None:
+            tell(doing, done, total)
+            beat()
+
         assert reference is not None
-        try:
-            result = verify_export(
-                settings.run_dir / "export",
-                tokens=tokens.numpy(),
-                reference_logits=reference.reference_logits,
-                weight_only_logits=reference.weight_only_logits,
-                input_amax=reference.input_amax,
-                cache_amax=reference.cache_amax,
-                report=settings.run_dir / "verify.json",
-            )
-        except UserError as error:
-            problem = [str(error)]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise UserError(problem[0])
-    if result is not None:
-        session.terminal.say(
-            f"verified: {result.tensors} tensors intact; transformers computes the student's logits over "
-            f"{result.tokens} tokens, relative error {result.relative_error:.1e}, KL {result.kl_to_student:.1e}"
+        return verify_export(
+            settings.run_dir / "export",
+            tokens=tokens.numpy(),
+            model=model,
+            original=settings.model_dir,
+            report=report,
+            advance=advance,
+            **vars(reference),
         )
+
+    with session.terminal.parts("verify") as tell:
+        result = on_main_for_long(read, lambda: tell("on the first rank", 0, 1))
+    session.terminal.say(f"verified: {result.summary}")
     return result
 
 

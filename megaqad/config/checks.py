@@ -22,6 +22,7 @@ from megaqad.runtime.duration import seconds_of
 
 DTYPES = ("bfloat16", "float32")
 EXPORT_FORMATS = ("modelopt", "compressed_tensors")
+VERIFY_MODELS = ("auto", "full", "streamed", "files", "off")
 COMMANDS_THAT_DISTILL = ("demo", "recover", "distill")
 COMMANDS_WITH_DATA = ("demo", "recover", "quantize", "distill", "evaluate", "pretrain", "bench step")
 COMMANDS_WITH_TOKENS = ("demo", "recover", "verify", "logits")
@@ -104,6 +105,7 @@ def _check_values(settings: Settings) -> None:
     for name, value, choices in (
         ("runtime.dtype", settings.runtime.dtype, DTYPES),
         ("export.format", settings.export.format, EXPORT_FORMATS),
+        ("verify.model", settings.verify.model, VERIFY_MODELS),
         ("logging.wandb.mode", settings.logging.wandb.mode, WANDB_MODES),
         ("train.router", settings.train.router, ROUTERS),
     ):

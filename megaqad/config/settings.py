@@ -139,6 +139,17 @@ class ExportSettings:
 
 
 @dataclass(frozen=True)
+class VerifySettings:
+    """Settings under ``verify.``: how an export is compared with the student; ``recover`` does so too."""
+
+    model: str = "auto"
+    """How much of the exported model the main rank runs, with transformers: ``full``, all of it in memory;
+    ``streamed``, one layer at a time; ``files``, nothing: files, tensors and scales are checked, no logits; ``off``: no
+    verification. ``auto`` is ``full`` where the model takes less than a third of the available memory, else
+    ``streamed``."""
+
+
+@dataclass(frozen=True)
 class ReportSettings:
     """Settings under ``report.``."""
 
@@ -171,6 +182,7 @@ class Settings:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     resume: ResumeSettings = field(default_factory=ResumeSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
+    verify: VerifySettings = field(default_factory=VerifySettings)
     report: ReportSettings = field(default_factory=ReportSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)

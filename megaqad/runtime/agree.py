@@ -4,6 +4,7 @@ A rank that raises alone leaves its peers in the next collective until a timeout
 (reading its share of a checkpoint, looking at a directory) runs in one of these.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -72,16 +73,58 @@ def together() -> Iterator[None]:
 
 def on_main(work: Callable[[], Result]) -> Result:
     """What ``work`` gives on the first rank, on every rank; its ``UserError`` too. Collective: two broadcasts."""
-    outcome: list[tuple[bool, Result | str]] = []
-    if dist.get_rank() == 0:
-        try:
-            outcome = [(True, work())]
-        except UserError as error:
-            outcome = [(False, str(error))]
-    else:
-        outcome = [(False, "")]
-    dist.broadcast_object_list(outcome, src=0)
-    worked, value = outcome[0]
+    return _from_main(_outcome(work) if dist.get_rank() == 0 else None)
+
+
+BEAT_SECONDS = 2.0
+"""Between signs of life of a rank that others wait for."""
+
+
+def on_main_for_long(work: Callable[[Callable[[], None]], Result], still_waiting: Callable[[], None]) -> Result:
+    """The same for work that may take longer than a collective waits, however long.
+
+    ``work`` is given a function to call as it makes progress. Every few seconds a call becomes a broadcast of one
+    number, so that no collective is waited for longer than ``work`` takes for a step, and the other ranks call
+    ``still_waiting``, to feed their watchdogs: these end a rank whose first rank is stuck.
+    """
+    if dist.get_rank() != 0:
+        while _broadcast_flag(False):
+            still_waiting()
+        return _from_main(None)
+    last = time.monotonic()
+
+    def beat() -> None:
+        nonlocal last
+        if time.monotonic() - last >= BEAT_SECONDS:
+            _broadcast_flag(True)
+            last = time.monotonic()
+
+    outcome = _outcome(lambda: work(beat))
+    _broadcast_flag(False)
+    return _from_main(outcome)
+
+
+def _broadcast_flag(flag: bool) -> bool:
+    """The first rank's flag, on every rank."""
+    number = torch.tensor([int(flag)], device=device_of_group())
+    dist.broadcast(number, src=0)
+    return bool(number.item())
+
+
+def _outcome(work: Callable[[], Result]) -> tuple[bool, Result | str]:
+    """(True, what it gives), or (False, its user error)."""
+    try:
+        return True, work()
+    except UserError as error:
+        return False, str(error)
+
+
+def _from_main(outcome: tuple[bool, Result | str] | None) -> Result:
+    """The first rank's outcome on every rank: its result, or its error raised."""
+    outcomes = [outcome]
+    dist.broadcast_object_list(outcomes, src=0)
+    assert outcomes[0] is not None
+    worked, value = outcomes[0]
     if not worked:
         raise UserError(str(value))
     return value  # type: ignore[return-value]

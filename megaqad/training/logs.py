@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,6 +25,9 @@ from megaqad.config import Settings
 from megaqad.errors import UserError
 from megaqad.runtime.files import write_text_whole
 from megaqad.runtime.watchdog import Watchdog
+
+LINE_SECONDS = 30.0
+"""Between lines of progress in a log."""
 
 
 class MetricsLog:
@@ -142,6 +145,29 @@ class Terminal:
     @contextlib.contextmanager
     def progress(self, title: str, total: int, *, done: int = 0) -> Iterator[Progress]:
         """A progress bar with one task, ``task_ids[0]``; where there is no terminal, one line when it is done."""
+        with self._bar(title, total, done) as progress:
+            yield progress
+        if not self.console.is_terminal:
+            self.say(f"{title}: {total} of {total}  {progress.tasks[0].fields['note']}".rstrip())
+
+    @contextlib.contextmanager
+    def parts(self, title: str) -> Iterator[Callable[[str, int, int], None]]:
+        """A progress bar for work in several parts: tell it which part, steps done, steps in all. Where there is no
+        terminal, a line every half minute."""
+        said = time.monotonic()
+
+        def tell(part: str, done: int, total: int) -> None:
+            nonlocal said
+            progress.update(progress.task_ids[0], description=f"{title}, {part}", completed=done, total=total)
+            if not self.console.is_terminal and time.monotonic() - said > LINE_SECONDS:
+                said = time.monotonic()
+                self.say(f"{title}, {part}: {done} of {total}")
+
+        with self._bar(title, 1, 0) as progress:
+            yield tell
+
+    @contextlib.contextmanager
+    def _bar(self, title: str, total: int, done: int) -> Iterator[Progress]:
         columns = (
             TextColumn("        {task.description}"),
             BarColumn(bar_width=28),
@@ -154,10 +180,8 @@ class Terminal:
         shown = _WatchedProgress(*columns, console=self.console, disable=not self.console.is_terminal)
         shown.watchdog = self._watchdog
         with watched, shown as progress:
-            task = progress.add_task(title, total=total, completed=done, note="")
+            progress.add_task(title, total=total, completed=done, note="")
             yield progress
-        if not self.console.is_terminal:
-            self.say(f"{title}: {total} of {total}  {progress.tasks[task].fields['note']}".rstrip())
 
 
 class _WatchedProgress(Progress):

@@ -64,14 +64,15 @@ class StreamedModel:
         # A tied head holds the embedding's own empty tensor, and so leads to the embedding's parameter.
         held = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
         self._parameters = {held[name]: parameter for name, parameter in client.parameters.items()}
+        decoder: Any = self.module.base_model
         self._filled: dict[nn.Module, list[tuple[nn.Module, str, Tensor]]] = {}
         """By part, what it holds: (owner, name, the empty tensor that was there)."""
-        self._parts = list(_parts(self.module.base_model))
+        self._parts = list(_parts(decoder))
         self._done = 0
         for part in self._parts:
             part.register_forward_pre_hook(lambda module, args: self._enter(module))
             part.register_forward_hook(lambda module, args, output: self._empty(module))
-        for around in (self.module, self.module.base_model):
+        for around in (self.module, decoder):
             self._fill(around, [around])  # what belongs to no part stays
 
     @torch.no_grad()

@@ -36,7 +36,7 @@ def check_values(client: Client, name: str, tensor: Tensor) -> None:
         raise VerificationError(f"{client.folder}: tensor {name} holds NaN or Inf; export again")
     if name.endswith(("_scale", "_scale_2")) and not bool(((values > 0) & values.reciprocal().isfinite()).all()):
         raise VerificationError(
-            f"{client.folder}: tensor {name} holds a scale that is not positive, or too small to divide by; export again"
+            f"{client.folder}: tensor {name} holds a scale that is not positive or too small to divide by; export again"
         )
 
 
