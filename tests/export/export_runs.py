@@ -80,13 +80,17 @@ def gathered_logits(model: Model, ranks: Ranks, tokens: np.ndarray) -> Tensor | 
 def calibrate_and_export(rank: int, world: int, folder: Path, sizes: ParallelSizes, options: dict[str, Any]) -> Any:
     """The student of a recipe: calibrated and exported; what ``verify`` compares with, from the main rank.
 
-    ``options``: output_dir, settings (QuantizationSettings arguments), dtype, tokens, layout.
+    ``options``: output_dir, settings (QuantizationSettings arguments), dtype, tokens, layout, compare_in (the dtype of
+    the logits).
     """
     with parallel(sizes) as ranks:
         tokens = options["tokens"]
         settings = QuantizationSettings(**options["settings"])
         model, plan = calibrated_student(ranks, folder, settings, tokens, options["dtype"])
-        reference = student_reference(model, plan, lambda copied: gathered_logits(copied, ranks, tokens))
+        compare_in = options.get("compare_in", torch.float32)
+        reference = student_reference(
+            model, plan, lambda copied: gathered_logits(copied, ranks, tokens), dtype=compare_in
+        )
         export_checkpoint(
             model, plan, options["output_dir"], model_dir=folder, layout=options.get("layout", "modelopt")
         )

@@ -67,7 +67,7 @@ class StreamedModel:
         decoder: Any = self.module.base_model
         self._filled: dict[nn.Module, list[tuple[nn.Module, str, Tensor]]] = {}
         """By part, what it holds: (owner, name, the empty tensor that was there)."""
-        self._parts = list(_parts(decoder))
+        self._parts = [part for part in _parts(decoder) if part.state_dict()]
         self._done = 0
         for part in self._parts:
             part.register_forward_pre_hook(lambda module, args: self._enter(module))
