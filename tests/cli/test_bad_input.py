@@ -76,6 +76,7 @@ def refusal(capsys, arguments):
         (["quantization.formats={*.mlp.*:fp9}"], ["fp9", "did you mean fp8?"]),
         (["quantization.kv_cache=int8"], ["kv_cache=int8", "none, fp8, nvfp4"]),
         (["export.format=gguf"], ["export.format=gguf", "modelopt, compressed_tensors"]),
+        (["verify.model=half"], ["verify.model=half", "auto, full, streamed, files, off"]),
         (
             ["export.format=compressed_tensors", "quantization.activation_scales=dynamic"],
             ["quantization.activation_scales=dynamic", "set static, or export.format=modelopt"],

@@ -1,7 +1,9 @@
 """verify passes on what was exported and fails, naming the culprit, on anything else."""
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -117,9 +119,10 @@ def test_a_good_export_passes(export: Export, tmp_path: Path) -> None:
 )
 def test_other_recipes_and_families_pass(case: str, settings: dict[str, Any], tmp_path: Path) -> None:
     export = exported(case, tmp_path, ParallelSizes(tensor=2), **settings)
-    result = check(export)
-    assert result.weights_relative_error is not None
-    assert result.weights_relative_error < 1e-5
+    result, streamed = check(export, model="full"), check(export, model="streamed")
+    for found in (result, streamed):
+        assert found.weights_relative_error is not None
+        assert found.weights_relative_error < 1e-5
     assert result.weight_only == (settings.get("activations") == "none" and "weights" not in settings)
 
 
@@ -250,6 +253,89 @@ def rewrite_json(folder: Path, name: str, change: Callable[[dict], Any]) -> None
 def test_contradicting_settings_are_found(export: Export, name: str, change: Callable, words: list[str]) -> None:
     rewrite_json(export.folder, name, change)
     refused(export, *words)
+
+
+@pytest.mark.parametrize(
+    ("excluded", "quantized"),
+    [
+        ("model.layers.3.mlp", "model.layers.3.mlp.down_proj"),  # inside the name
+        ("model.layers.2.self_attn.q", "model.layers.2.self_attn.qkv_proj"),  # inside the engine's own name
+        ("model.layers.*.self_attn.o_proj", "model.layers."),  # a pattern
+    ],
+)
+def test_exclusions_that_engines_take_for_more_are_found(export: Export, excluded: str, quantized: str) -> None:
+    rewrite_json(export.folder, "config.json", lambda c: c["quantization_config"]["ignore"].append(excluded))
+    rewrite_json(export.folder, "hf_quant_config.json", lambda c: c["quantization"]["exclude_modules"].append(excluded))
+    refused(export, quantized, f"engines also take the excluded {excluded} for it")
+
+
+def test_fused_modules_in_two_formats_are_found(tmp_path: Path) -> None:
+    """k_proj in BF16 beside q_proj and v_proj in NVFP4: engines multiply the three as one."""
+    export = exported("llama", tmp_path, ParallelSizes(), activations="none")
+    module = "model.layers.1.self_attn.k_proj"
+
+    def keep(tensors: dict[str, torch.Tensor]) -> None:
+        for ending in ("weight_scale", "weight_scale_2"):
+            del tensors[f"{module}.{ending}"]
+        tensors[f"{module}.weight"] = load_file(tmp_path / "in" / WEIGHTS)[f"{module}.weight"]
+
+    rewrite(export.folder, keep)
+    rewrite_json(export.folder, "config.json", lambda c: c["quantization_config"]["ignore"].append(module))
+    rewrite_json(export.folder, "hf_quant_config.json", lambda c: c["quantization"]["exclude_modules"].append(module))
+    refused(export, module, "differ in format")
+
+
+def test_other_tensors_of_the_original_may_be_carried_over(export: Export, tmp_path: Path) -> None:
+    """Only as they are there."""
+    extra = {"mtp.layers.0.weight": torch.randn(4, 4)}
+    save_file(extra, tmp_path / WEIGHTS)
+    rewrite(export.folder, lambda tensors: tensors.update(extra))
+    refused(export, "mtp.layers.0.weight is not part of this model")
+    assert check(export, original=tmp_path).passed
+    rewrite(export.folder, lambda tensors: tensors["mtp.layers.0.weight"].add_(1))
+    refused(export, "tensor mtp.layers.0.weight", f"is not that of {tmp_path / WEIGHTS}", original=tmp_path)
+
+
+CONVERTER = """#!{python}
+import shutil, sys
+if "{problem}":
+    sys.exit("{problem}")
+shutil.copy(sys.argv[1] + "/config.json", sys.argv[3])
+"""
+LLAMA = """
+import numpy as np
+class Llama:
+    def __init__(self, path, n_ctx, logits_all, verbose):
+        assert path.endswith(".gguf") and open(path).read() and logits_all
+        self.scores = np.load({logits!r})[0]
+    def eval(self, ids):
+        assert len(ids) == len(self.scores)
+"""
+
+
+@pytest.mark.parametrize(
+    ("problem", "noise", "outcome"),
+    [("", 0.001, "passed"), ("unknown tokenizer", 0.0, "(unknown tokenizer)"), ("", 0.1, "llama.cpp computes other")],
+)
+def test_llama_cpp_is_asked_where_it_is_installed(
+    problem: str, noise: float, outcome: str, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By stand-ins with its interface, since it is not a dependency."""
+    logits = export.reference.weight_only_logits
+    assert logits is not None
+    wrong = noise * logits.std() * np.random.default_rng(0).standard_normal(logits.shape)
+    np.save(tmp_path / "logits.npy", logits + wrong)
+    (tmp_path / "llama_cpp.py").write_text(LLAMA.format(logits=str(tmp_path / "logits.npy")))
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.write_text(CONVERTER.format(python=sys.executable, problem=problem))
+    script.chmod(0o755)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    if noise > 0.01:
+        refused(export, outcome)
+    else:
+        assert outcome in check(export).readers["llama_cpp"]
 
 
 def test_a_cache_without_scales_is_under_a_scale_of_one(tmp_path: Path) -> None:
