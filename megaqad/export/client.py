@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from megaqad.export import client_compressed_tensors, client_modelopt
+from megaqad.export.client_experts import linear_modules
 from megaqad.export.client_files import VerificationError, read_json, tables
 from megaqad.export.client_layout import CacheLayout, Declared, Layout
 
@@ -81,7 +82,7 @@ def open_export(folder: Path) -> Client:
         method = quantization.get("quant_method")
         if method not in READERS:
             raise VerificationError(f"{folder}: quant_method={method} cannot be verified; export again")
-        linears = [name for name, module in skeleton(config).named_modules() if isinstance(module, nn.Linear)]
+        linears = linear_modules(skeleton(config), config["model_type"])
         declared = READERS[method](folder, quantization, linears, config["num_hidden_layers"])
     return Client(folder, config, tables(folder), declared)
 

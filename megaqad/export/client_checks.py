@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from megaqad.export.client import Client, skeleton
+from megaqad.export.client_experts import slots
 from megaqad.export.client_files import VerificationError, inside, read_json
 from megaqad.export.manifest import MANIFEST_FILE, file_digest, tensor_digest
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Linear modules that engines multiply as one, with one global scale."""
 
 
@@ -73,7 +74,7 @@ def check_structure(client: Client) -> None:
 def _expected_tensors(client: Client) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """dtype and shape by name, from transformers' parameters and the list of quantized modules."""
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for name, parameter in skeleton(client.config).named_parameters():
+    for name, parameter in slots(skeleton(client.config), client.config["model_type"]).items():
         module, _, kind = name.rpartition(".")
         layout = client.layouts.get(module)
         if kind != "weight" or layout is None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from megaqad.export.client import Client, model_of
+from megaqad.export.client_experts import NAMES, USUAL, RoundedExperts, slots
 from megaqad.export.client_layout import CacheLayout
 
 CACHED_ATTENTION = "megaqad_rounded_kv_cache"
@@ -17,12 +18,12 @@ def load_client_model(client: Client) -> nn.Module:
     """transformers' model in FP32 with the stored weights, dequantized; its activations stay as they are."""
     model = model_of(client.config).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, slot in slots(model, client.config["model_type"]).items():
             module, _, kind = name.rpartition(".")
             if kind == "weight" and module in client.layouts:
-                parameter.copy_(client.weight(module))
+                slot.copy_(client.weight(module))
             else:
-                parameter.copy_(client.tensor(name))
+                slot.copy_(client.tensor(name))
     return model
 
 
@@ -30,20 +31,44 @@ def round_activations(client: Client, model: nn.Module) -> None:
     """From now on ``model`` rounds the inputs of its quantized linears, and its keys and values, as engines do."""
     modules = dict(model.named_modules())
     for name, layout in client.layouts.items():
-        if layout.round_input is not None:
-            scales = [] if layout.input_scale is None else [client.tensor(f"{name}.{layout.input_scale}")]
-            modules[name].register_forward_pre_hook(_input_rounding(layout.round_input, scales))
+        if layout.round_input is not None and name in modules:
+            modules[name].register_forward_pre_hook(_input_hook(_rounding(client, name)))
+    _round_experts(client, model)
     if client.cache is not None:
         _round_cache(client, client.cache, model)
 
 
-def _input_rounding(
-    rounding: Callable[..., Tensor], scales: list[Tensor]
-) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+def _rounding(client: Client, module: str) -> Callable[[Tensor], Tensor]:
+    """What rounds the inputs of one module; nothing where they stay as they are."""
+    layout = client.layouts.get(module)
+    if layout is None or layout.round_input is None:
+        return lambda x: x
+    rounding = layout.round_input
+    scales = [] if layout.input_scale is None else [client.tensor(f"{module}.{layout.input_scale}")]
+    return lambda x: rounding(x, *scales)
+
+
+def _input_hook(rounding: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (rounding(args[0], *scales), *args[1:])
+        return (rounding(args[0]), *args[1:])
 
     return hook
+
+
+def _round_experts(client: Client, model: nn.Module) -> None:
+    """Put experts that round their inputs in the place of those that do not."""
+    block, (gate, _, down) = NAMES.get(client.config["model_type"], USUAL)
+    for name, module in list(model.named_modules()):
+        weight = dict(module.named_parameters(recurse=False)).get("gate_up_proj")
+        if weight is None or weight.dim() != 3:
+            continue
+        prefix = name.replace(f".{USUAL[0]}.", f".{block}.")
+        rounds = [
+            (_rounding(client, f"{prefix}.{expert}.{gate}"), _rounding(client, f"{prefix}.{expert}.{down}"))
+            for expert in range(len(weight))
+        ]
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent).add_module(leaf, RoundedExperts(module, rounds))
 
 
 def _round_cache(client: Client, cache: CacheLayout, model: nn.Module) -> None:
