@@ -1,17 +1,16 @@
 """An export, opened: its files, what they declare, and every tensor looked at once."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from megaqad.export.client import compressed_tensors, modelopt
-from megaqad.export.client.files import VerificationError, inside, read_json, tables
+from megaqad.export.client.files import TensorReader, VerificationError, inside, read_json, tables
 from megaqad.export.client.layouts import CacheLayout, Declared, Layout
 from megaqad.export.client.parameters import Parameter, Source, parameters_of, skeleton_of
 from megaqad.export.manifest import MANIFEST_FILE, file_digest, tensor_digest
@@ -33,6 +32,7 @@ class Client:
     parameters: Mapping[str, Parameter]
     """Of transformers' model, by name."""
     declared: Declared
+    _reader: TensorReader = field(default_factory=TensorReader, repr=False)
 
     @property
     def layouts(self) -> Mapping[str, Layout]:
@@ -71,8 +71,7 @@ class Client:
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as it is stored."""
-        with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        return self._reader.read(self.files[name], name)
 
     def weight(self, module: str) -> Tensor:
         """float32 [N, K]: what a quantized module multiplies with."""
@@ -183,9 +182,8 @@ def check_tensors(client: Client, original: Path | None, look: Callable[[str, Te
 
 
 def _check_carried(client: Client, name: str, digest: str, original: Path) -> None:
-    with safe_open(original, framework="pt") as file:
-        if tensor_digest(file.get_tensor(name)) != digest:
-            raise VerificationError(
-                f"{client.folder}: tensor {name}, which this model does not compute with, is not that of {original}; "
-                "export again"
-            )
+    if tensor_digest(TensorReader().read(original, name)) != digest:
+        raise VerificationError(
+            f"{client.folder}: tensor {name}, which this model does not compute with, is not that of {original}; "
+            "export again"
+        )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from megaqad.errors import UserError
 
@@ -58,3 +59,19 @@ def inside(folder: Path, name: str, said_by: Path) -> Path:
     if Path(name).name != name or name == "..":
         raise VerificationError(f"{said_by} names {name!r}, which is no file of {folder}; export again")
     return folder / name
+
+
+class TensorReader:
+    """Reads tensors, and keeps the file that it read last open: with experts a file's table of contents has thousands
+    of rows, and takes longer to read than most of its tensors."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._file: Any = None
+
+    def read(self, path: Path, name: str) -> Tensor:
+        if path != self._path:
+            self._file = safe_open(path, framework="pt")
+            self._path = path
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor

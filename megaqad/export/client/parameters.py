@@ -2,14 +2,12 @@
 
 Most of its parameters are stored under their own names. Experts are not: a checkpoint holds one matrix for each expert
 and projection, transformers one stack [experts, N, K] for all of them, gate above up. How names and shapes relate is
-transformers' own table, used backwards here to know what a checkpoint must hold, and forwards, one expert at a time,
-to fill a parameter.
+transformers' own table, used backwards to know what a checkpoint must hold, and forwards to know where it goes.
 """
 
 from collections import defaultdict
 from collections.abc import Callable
-from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,12 +35,9 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     experts: tuple[tuple[Source, ...], ...]
-    """What each expert's slice is made of; of an ordinary parameter one tensor, ``((source,),)``."""
+    """What each expert's slice is made of, one below the other; of a parameter without experts the one tensor."""
     linear: bool
     """Whether its sources are weights that inputs are multiplied with."""
-    _converter: Any = field(default=None, repr=False)
-    _patterns: tuple[str, ...] = ()
-    """What the converter calls the sources of one expert."""
 
     @property
     def sources(self) -> list[Source]:
@@ -50,16 +45,12 @@ class Parameter:
 
     def value(self, tensor_of: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
         """The parameter from its sources, which ``tensor_of`` gives by name."""
-        if self._converter is None:
-            ((source,),) = self.experts
-            return tensor_of(source.name).to(dtype)
+        first = self.experts[0][0]
+        if first.shape == self.shape:
+            return tensor_of(first.name).to(dtype)
         whole = torch.empty(self.shape, dtype=dtype)
-        for number, expert in enumerate(self.experts):
-            converter = deepcopy(self._converter)
-            for source, pattern in zip(expert, self._patterns, strict=True):
-                converter.add_tensor(self.name, source.name, pattern, tensor_of(source.name).to(dtype))
-            (slice_,) = converter.convert(self.name).values()  # [1, N, K]
-            whole[number] = slice_.squeeze(0)
+        for slice_, expert in zip(whole, self.experts, strict=True):
+            torch.cat([tensor_of(source.name).to(dtype) for source in expert], out=slice_)
         return whole
 
 
@@ -110,19 +101,27 @@ def parameters_of(model: Any) -> dict[str, Parameter]:
     owners = dict(model.named_modules())
     found = {}
     for name, tensor in held.items():
-        by_pattern = made_of[name]
         owner, _, kind = name.rpartition(".")
-        linear = isinstance(owners[owner], nn.Linear) and kind == "weight"
+        by_pattern, shape = made_of[name], tuple(tensor.shape)
         if set(by_pattern) == {None} and len(by_pattern[None]) == 1:
-            found[name] = Parameter(name, tuple(tensor.shape), ((by_pattern[None][0],),), linear)
+            linear = isinstance(owners[owner], nn.Linear) and kind == "weight"
+            found[name] = Parameter(name, shape, ((by_pattern[None][0],),), linear)
             continue
-        converter = next((one for one in converters if set(by_pattern) == set(one.source_patterns)), None)
-        if converter is None or tensor.dim() != 3 or {len(group) for group in by_pattern.values()} != {len(tensor)}:
+        converter = next((one for one in converters if set(one.source_patterns) == set(by_pattern)), None)
+        if converter is None or not _stacks_experts(converter.operations):
             raise VerificationError(
                 f"transformers makes {name} in a way that verify does not know: set verify.model=off, and load the "
                 "export with the engine that will serve it"
             )
-        patterns = tuple(converter.source_patterns)
-        experts = tuple(zip(*(by_pattern[pattern] for pattern in patterns), strict=True))
-        found[name] = Parameter(name, tuple(tensor.shape), experts, True, converter, patterns)
+        lists = (by_pattern[pattern] for pattern in converter.source_patterns)
+        found[name] = Parameter(name, shape, tuple(zip(*lists, strict=True)), True)
     return found
+
+
+def _stacks_experts(operations: list[Any]) -> bool:
+    """Whether they lay the experts' matrices one behind the other, and those of one expert one below the other."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    first, *others = operations
+    stacks = isinstance(first, MergeModulelist) and first.dim == 0
+    return stacks and all(isinstance(one, Concatenate) and one.dim == 1 for one in others)
