@@ -14,8 +14,9 @@ from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megaqad.export.client.checkpoint import open_export
+from megaqad.export.client.checkpoint import Client, open_export
 from megaqad.export.client.files import VerificationError
+from megaqad.export.client.libraries import with_compressed_tensors, with_compressed_tensors_converter
 from megaqad.export.manifest import MANIFEST_FILE, file_digest, tensor_digest
 from megaqad.export.reference import StudentReference
 from megaqad.export.verify import Verification, verify
@@ -163,6 +164,21 @@ def rewritten(original: Path, folder: Path, change: Callable[[dict[str, Tensor]]
     manifest["tensors"] = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
     return folder
+
+
+def test_other_people_s_readers_find_what_ours_would_not(
+    original: tuple[Path, StudentReference], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same files, and a reader of ours that is wrong about a value: the library says so."""
+    exported(model, tmp_path / "modelopt", ParallelSizes(), {}, layout="modelopt")
+    weight = Client.weight
+    monkeypatch.setattr(Client, "weight", lambda client, module: weight(client, module) * 1.02)
+    for folder, reader in (
+        (original[0], with_compressed_tensors),
+        (tmp_path / "modelopt", with_compressed_tensors_converter),
+    ):
+        with pytest.raises(VerificationError, match="reads another weight of"):
+            reader(open_export(folder), lambda *progress: None)
 
 
 MLP = "model.layers.0.mlp.gate_proj"

@@ -140,10 +140,10 @@ def test_a_nan_on_one_rank_stops_all_of_them(value: float, tmp_path: Path) -> No
 def test_an_input_that_was_not_calibrated_is_refused(value: float | None, tmp_path: Path) -> None:
     folder = make_checkpoint("llama", tmp_path / "in", dtype=torch.bfloat16)
     modules = describe_model(folder).linear_modules
-    amax = {**dict.fromkeys(modules, 1.0), "model.layers.1.mlp.up_proj": value}
+    amax = {**dict.fromkeys(modules, 1.0), "model.layers.1.mlp.down_proj": value}
     if value is None:
-        del amax["model.layers.1.mlp.up_proj"]
+        del amax["model.layers.1.mlp.down_proj"]
     options = {"output_dir": tmp_path / "out", "formats": dict.fromkeys(modules, "nvfp4"), "input_amax": amax}
     message = run_ranks(1, refused_export, folder, ParallelSizes(), options)[0]
-    assert "model.layers.1.mlp.up_proj has a largest calibrated input of" in message
+    assert "model.layers.1.mlp.down_proj has a largest calibrated input of" in message
     assert not (tmp_path / "out").exists()

@@ -258,7 +258,7 @@ def test_contradicting_settings_are_found(export: Export, name: str, change: Cal
 @pytest.mark.parametrize(
     ("excluded", "quantized"),
     [
-        ("model.layers.3.mlp", "model.layers.3.mlp.down_proj"),  # inside the name
+        ("model.layers.3.mlp", "model.layers.3.mlp.gate_up_proj"),  # inside the name
         ("model.layers.2.self_attn.q", "model.layers.2.self_attn.qkv_proj"),  # inside the engine's own name
         ("model.layers.*.self_attn.o_proj", "model.layers."),  # a pattern
     ],

@@ -95,7 +95,7 @@ def exclusions_name_whole_modules(client: Client) -> None:
     vLLM looks for excluded names as they are, then inside other names (``model.layers.1`` in ``model.layers.10``,
     ``mlp.gate`` in ``mlp.gate_up_proj``), then as patterns, and it looks in the names of its fused modules.
     """
-    for name in {_engine_name(module) for module in client.layouts}:
+    for name in dict.fromkeys(_engine_name(module) for module in client.layouts):
         for excluded in client.declared.excluded:
             if excluded in name or fnmatchcase(name, excluded):
                 raise VerificationError(
