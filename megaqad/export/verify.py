@@ -18,7 +18,7 @@ little off. ``reference.student_reference`` makes what the student's side needs.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -37,7 +37,7 @@ from megaqad.export.client.libraries import (
     with_compressed_tensors_converter,
     with_llama_cpp,
 )
-from megaqad.export.client.model import ClientModel, StreamedModel, WholeModel, round_activations
+from megaqad.export.client.model import TOKENS_AT_ONCE, ClientModel, StreamedModel, WholeModel, round_activations
 from megaqad.export.client.rules import check_rules, check_values
 from megaqad.runtime.memory import available_memory
 
@@ -50,7 +50,8 @@ LIBRARIES = ("compressed_tensors", "compressed_tensors_converter", "llama_cpp")
 FULL_SHARE = 1 / 3
 """Of the available memory that the whole model may take before it is streamed."""
 FP32_MOST = 32_000_000_000
-"""Parameters up to which student and export are compared in FP32."""
+"""Parameters up to which student and export are compared in FP32. It costs the ranks 8 bytes for each, a copy and its
+quantized weights, beside what training holds."""
 UNRELATED_ROUNDINGS = 1.5
 """Distance of two W4A4 computations of one function, as a multiple of their distance from the unrounded one: up to the
 square root of 2 where every rounding differs (found: 1.0)."""
@@ -324,20 +325,23 @@ def _compare_logits(
 
 
 @torch.no_grad()
-def _compare(logits: Iterator[Tensor], reference: np.ndarray) -> Agreement:
-    """Agreement of the ``logits`` [s, V] of each sequence with ``reference`` [b, s, V]."""
+def _compare(logits: Iterable[Tensor], reference: np.ndarray) -> Agreement:
+    """Agreement of ``logits``, [n, V] of some tokens at a time, with ``reference`` [b, s, V]."""
+    rows, compared = reference.reshape(-1, reference.shape[-1]), 0
     difference = size = kl = agreeing = 0.0
-    for found, row in zip(logits, reference, strict=True):
-        ours, student = _centred(found.double()), _centred(torch.from_numpy(np.array(row)).double())
+    for found in (part for some in logits for part in some.split(TOKENS_AT_ONCE)):
+        row = np.array(rows[compared : compared + len(found)])
+        compared += len(found)
+        ours, student = _centred(found.double()), _centred(torch.from_numpy(row).double())
         difference += (ours - student).square().sum().item()
         size += student.square().sum().item()
         log_student, log_ours = student.log_softmax(-1), ours.log_softmax(-1)
         kl += (log_student.exp() * (log_student - log_ours)).sum().item()
         agreeing += (ours.argmax(-1) == student.argmax(-1)).sum().item()
-    tokens = reference.shape[0] * reference.shape[1]
-    return Agreement(relative_error=(difference / size) ** 0.5, kl=kl / tokens, top1=agreeing / tokens)
+    assert compared == len(rows), (compared, len(rows))
+    return Agreement(relative_error=(difference / size) ** 0.5, kl=kl / compared, top1=agreeing / compared)
 
 
 def _centred(logits: Tensor) -> Tensor:
-    """Logits [s, V] without their mean per token, which no probability depends on."""
+    """Logits [n, V] without their mean per token, which no probability depends on."""
     return logits - logits.mean(-1, keepdim=True)

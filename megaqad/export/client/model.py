@@ -4,7 +4,7 @@ A 70B model in FP32 takes 280 GB. Streamed, it takes the memory of its largest l
 without memory, its decoder runs once on all sequences, and hooks give each part (the embedding, each layer, the last
 norm) its weights just before it computes and take them away after it. Masks, rotary embeddings and whatever else a
 family passes to its layers are transformers' own, since its forward runs as it is. Then the head computes the logits
-of one sequence after another: again in the model's own forward, whose decoder answers with what it found before.
+of some tokens at a time: again in the model's own forward, whose decoder answers with what it found before.
 """
 
 import sys
@@ -19,6 +19,8 @@ from megaqad.export.client.files import VerificationError
 from megaqad.export.client.layouts import CacheLayout, Layout
 from megaqad.export.client.parameters import model_of, skeleton_of
 
+TOKENS_AT_ONCE = 256
+"""Whose logits the streamed model's head computes together: 256 MB with 256,000 of each."""
 ROUNDED_CACHE = "megaqad_rounded_kv_cache"
 """Name under which transformers knows the attention that rounds keys and values."""
 ROUNDED_EXPERTS = "megaqad_rounded_experts"
@@ -32,7 +34,7 @@ class ClientModel(Protocol):
     """transformers' model."""
 
     def logits(self, tokens: Tensor) -> Iterator[Tensor]:
-        """[s, V] of each sequence of int64 [b, s], one at a time."""
+        """Of int64 [b, s], in order, [n, V] of some tokens at a time."""
         ...
 
 
@@ -84,9 +86,9 @@ class StreamedModel:
         for head in heads:
             self._fill(head, head.modules())
         try:
-            for ids, hidden in zip(tokens.split(1), output.last_hidden_state.split(1), strict=True):
+            for hidden in output.last_hidden_state.flatten(0, 1).unsqueeze(0).split(TOKENS_AT_ONCE, dim=1):
                 setattr(model, name, _Answer(type(output)(last_hidden_state=hidden)))
-                yield model(input_ids=ids, use_cache=False).logits[0]
+                yield model(input_ids=tokens[:1], use_cache=False).logits[0]
         finally:
             setattr(model, name, decoder)
             for head in heads:
