@@ -42,8 +42,12 @@ class WholeModel:
     """All of it in memory."""
 
     def __init__(self, client: Client, dtype: torch.dtype, advance: Advance) -> None:
-        self.module: Any = model_of(client.config, dtype).eval()
-        self._advance = advance
+        from transformers.initialization import no_init_weights
+
+        with no_init_weights():  # random ones take longer than all else
+            model: Any = model_of(client.config, dtype).eval()
+        model.tie_weights()
+        self.module, self._advance = model, advance
         state = self.module.state_dict()  # shares memory with the model
         for done, (name, parameter) in enumerate(client.parameters.items()):
             state[name].copy_(parameter.value(client.unquantized, dtype))
