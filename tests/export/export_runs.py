@@ -13,6 +13,7 @@ from megaqad.distillation.forward import forward_hidden
 from megaqad.errors import UserError
 from megaqad.export.checkpoint import export_checkpoint
 from megaqad.export.reference import student_reference
+from megaqad.export.verify import verify
 from megaqad.models.families import describe_model
 from megaqad.models.load import load_weights
 from megaqad.models.model import Model
@@ -20,6 +21,7 @@ from megaqad.quantization.model import build_quantized, cache_sites, switch, wei
 from megaqad.quantization.plan import plan_for
 from megaqad.quantization.settings import QuantizationSettings
 from megaqad.quantization.site import QuantizerMode
+from megaqad.runtime.agree import on_main_for_long
 from megaqad.runtime.ranks import ParallelSizes, Ranks, parallel
 from tests.models.megatron_runs import whole_logits
 from tests.quantization.models import calibrated_student
@@ -95,3 +97,12 @@ def calibrate_and_export(rank: int, world: int, folder: Path, sizes: ParallelSiz
             model, plan, options["output_dir"], model_dir=folder, layout=options.get("layout", "modelopt")
         )
         return reference
+
+
+def verify_on_main(rank: int, world: int, folder: Path, tokens: np.ndarray, reference: Any) -> dict[str, str]:
+    """The readers' results, on every rank; the first verifies."""
+
+    def work(beat: Any) -> dict[str, str]:
+        return dict(verify(folder, tokens=tokens, advance=lambda *progress: beat(), **vars(reference)).readers)
+
+    return on_main_for_long(work, lambda: None)

@@ -21,7 +21,7 @@ from megaqad.export.manifest import MANIFEST_FILE, file_digest, tensor_digest
 from megaqad.export.reference import StudentReference
 from megaqad.export.verify import Verification, verify
 from megaqad.runtime.ranks import ParallelSizes
-from tests.export.export_runs import calibrate_and_export
+from tests.export.export_runs import calibrate_and_export, verify_on_main
 from tests.models.checkpoints import CASES, make_checkpoint, random_tokens
 from tests.ranks import run_ranks
 
@@ -164,6 +164,12 @@ def rewritten(original: Path, folder: Path, change: Callable[[dict[str, Tensor]]
     manifest["tensors"] = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
     return folder
+
+
+def test_the_library_does_not_meddle_with_the_ranks(original: tuple[Path, StudentReference]) -> None:
+    """It divides what it decompresses among the ranks of a process group, where it sees one; ours are waiting."""
+    results = run_ranks(2, verify_on_main, original[0], TOKENS, original[1])
+    assert [readers["compressed_tensors"] for readers in results] == ["passed", "passed"]
 
 
 def test_other_people_s_readers_find_what_ours_would_not(

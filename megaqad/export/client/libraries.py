@@ -5,6 +5,7 @@ them is needed to run megaqad, so none need be installed.
 """
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from megaqad.export.client.checkpoint import Advance, Client
+from megaqad.export.client.checkpoint import Advance, Client, open_export
 from megaqad.export.client.files import VerificationError
 
 PASSED = "passed"
+REFUSED = 2
+"""Exit code of this file as a program."""
 MOST_PARAMETERS = 2_000_000_000
 """Of a model that these readers are given: they hold all of it, and take minutes for more."""
 LLAMA_CPP_ERROR = 2e-2
@@ -54,6 +58,11 @@ def with_compressed_tensors(client: Client, advance: Advance) -> str:
     if any(len(parameter.experts) > 1 for parameter in client.parameters.values()):
         # 5.14 reports their scales of whole tensors as unexpected, and computes with what is left.
         return "skipped: transformers stacks experts, and has no place for their scales there"
+    # Where a process group exists, the library divides the model among its ranks (``distributed/module_parallel.py``).
+    return _in_own_process(client, advance) if dist.is_initialized() else _load_with_compressed_tensors(client, advance)
+
+
+def _load_with_compressed_tensors(client: Client, advance: Advance) -> str:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -61,10 +70,15 @@ def with_compressed_tensors(client: Client, advance: Advance) -> str:
     except ImportError as error:
         return f"skipped: this release of compressed_tensors is another ({error})"
     expected = client.expected()
-    with _without_progress_bars():
-        loaded, found = AutoModelForCausalLM.from_pretrained(
-            client.folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-        )
+    try:
+        with _without_progress_bars():
+            loaded, found = AutoModelForCausalLM.from_pretrained(
+                client.folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+            )
+    except Exception as error:  # whatever it is, this client cannot read the export
+        raise VerificationError(
+            f"{client.folder}: transformers with compressed-tensors cannot load it ({' '.join(str(error).split())})"
+        ) from error
     for what, reported in found.items():
         # what was carried over from the original is nothing that transformers should expect
         names = [name for name in reported if name in expected or name not in client.files]
@@ -79,6 +93,29 @@ def with_compressed_tensors(client: Client, advance: Advance) -> str:
         _check_equal(client, name, modules[name].weight.detach(), "compressed-tensors")
         advance("compressed-tensors", done + 1, len(client.layouts))
     return PASSED
+
+
+def _in_own_process(client: Client, advance: Advance) -> str:
+    """``_load_with_compressed_tensors`` by this file as a program, which is no rank."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-m", __name__, str(client.folder)]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while True:
+            try:
+                answer, errors = process.communicate(timeout=1.0)
+                break
+            except subprocess.TimeoutExpired:
+                advance("compressed-tensors", 0, len(client.layouts))
+    if process.returncode == 0:
+        return answer.splitlines()[-1]
+    if process.returncode == REFUSED:
+        raise VerificationError(answer.splitlines()[-1])
+    last = (errors.strip() or "no message").splitlines()[-1]
+    raise VerificationError(
+        f"{client.folder}: transformers with compressed-tensors ended with {process.returncode} ({last})"
+    )
 
 
 def with_compressed_tensors_converter(client: Client, advance: Advance) -> str:
@@ -183,3 +220,11 @@ def with_llama_cpp(client: Client, tokens: np.ndarray, weight_only: np.ndarray |
             f"{LLAMA_CPP_ERROR}); export again"
         )
     return PASSED
+
+
+if __name__ == "__main__":
+    try:
+        print(_load_with_compressed_tensors(open_export(Path(sys.argv[1])), lambda *progress: None))
+    except VerificationError as error:
+        print(error)
+        sys.exit(REFUSED)
