@@ -14,11 +14,12 @@ from megaqad.models.blocks.experts import Experts
 from megaqad.models.blocks.mlp import Mlp, activation_of
 from megaqad.models.blocks.norm import Norm, Order
 from megaqad.models.blocks.rotary import Rotary
+from megaqad.models.weights import WHOLE, Cut
 
 
-def norm(config: Any, module: str, size: int | None = None, order: Order = "cast_first") -> Norm:
+def norm(config: Any, module: str, size: int | None = None, *, order: Order = "cast_first", cut: Cut = WHOLE) -> Norm:
     """RMSNorm ``module`` over the hidden size, or another."""
-    return Norm(module, size or config.hidden_size, float(config.rms_norm_eps), order)
+    return Norm(module, size or config.hidden_size, float(config.rms_norm_eps), order, cut)
 
 
 def head_dim(config: Any) -> int:

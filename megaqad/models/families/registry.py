@@ -132,7 +132,10 @@ def _parse(content: dict[str, Any], found: Family, path: Path) -> Any:
         raise UserError(f"{path} has is_causal=false; only causal attention is supported")
     plain = copy.deepcopy({key: value for key, value in content.items() if key != "quantization_config"})
     try:
-        return CONFIG_MAPPING[found.model_type].from_dict(plain)
+        parsed = CONFIG_MAPPING[found.model_type].from_dict(plain)
     except Exception as error:  # its validators raise classes of their own
         why = " ".join(str(error).split())
         raise UserError(f"{path} is refused by transformers ({why}): restore the original file") from error
+    if vars(parsed).get("head_dim", 0) is None:  # the equal share, which not every class puts in its place
+        parsed.head_dim = parsed.hidden_size // parsed.num_attention_heads
+    return parsed
