@@ -116,6 +116,25 @@ CASES: dict[str, dict[str, Any]] = {
         "mlp_bias": True,
         "num_key_value_heads": 1,
     },
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.125,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+        "tie_word_embeddings": True,
+    },
+    "granite_three_heads": {
+        "model_type": "granite",
+        "hidden_size": 96,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 2,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 10.0,
+    },
     "olmo2": {"model_type": "olmo2"},
     "olmo2_one_group": {"model_type": "olmo2", "num_key_value_heads": 1, "attention_bias": True},
     "olmo2_three_heads": {
@@ -128,7 +147,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 """What config.json says beside ``SIZES``."""
-ADDED = ("ministral3", "phi3", "gemma3", "smollm3", "olmo2")
+ADDED = ("ministral3", "phi3", "gemma3", "smollm3", "granite", "olmo2")
 """One case of each family whose divisions are tested here."""
 
 

@@ -30,7 +30,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": ORIGINAL,
     },
 }
-FAMILIES = ("llama_biases", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "smollm3", "olmo2")
+FAMILIES = ("llama_biases", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "smollm3", "granite", "olmo2")
 CHOSEN = [(case, form, 1.0) for case in (*FAMILIES, "gemma3") for form in FORMS]
 CHOSEN += [("phi3", form, share) for form in ("default", "longrope") for share in (1.0, 0.75)]
 
