@@ -185,6 +185,7 @@ def make_checkpoint(
     content = settings(case, dtype=str(dtype).removeprefix("torch."), **changes)
     model = transformers_model(content)
     randomize(model)
+    content["architectures"] = [type(model).__name__]
     return save(model.to(dtype), content, folder, max_shard_size=shard_size)
 
 
