@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from megaqad.models.families import families
-from megaqad.runtime.ranks import ParallelSizes
-from tests.models.megatron_runs import local_logits
+from megaqad.runtime.ranks import ParallelSizes, parallel
+from tests.models.megatron_runs import loaded_model, local_logits, run_hidden
 
 
 def import_file(path: Path) -> None:
@@ -30,3 +32,13 @@ def logits_of_new_family(
     finally:
         for name in families().keys() - before.keys():
             del families()[name]
+
+
+def first_inputs(rank: int, world: int, folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """[b, s, h]: what the first layer of a BF16 model sees."""
+    seen: list[Tensor] = []
+    with parallel(ParallelSizes()) as ranks, torch.no_grad():
+        model = loaded_model(folder, ranks, torch.bfloat16)
+        model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        run_hidden(model, tokens)
+    return torch.cat(seen, 1).transpose(0, 1).float().numpy()

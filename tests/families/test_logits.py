@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from megaqad.models.checks import check_checkpoint, check_layout
 from megaqad.models.families import describe_model
@@ -19,6 +20,7 @@ from tests.families.checkpoints import (
     stored_tensors,
     transformers_logits,
 )
+from tests.families.runs import first_inputs
 from tests.models.megatron_runs import local_logits, round_trip, whole_logits
 from tests.ranks import run_ranks
 
@@ -62,3 +64,15 @@ def test_a_round_trip_is_byte_equal(case: str, sizes: ParallelSizes, tmp_path: P
     for name, tensor in original.items():
         assert written[name].dtype is tensor.dtype is torch.bfloat16, name
         assert torch.equal(written[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("case", ["gemma3", "granite"])
+def test_bf16_embeddings_equal_transformers(case: str, tmp_path: Path) -> None:
+    """To the bit: Gemma rounds its multiplier before it multiplies."""
+    folder = make_checkpoint(case, tmp_path, dtype=torch.bfloat16, hidden_size=96)  # whose root is no BF16 number
+    tokens = random_tokens(settings(case)["vocab_size"])
+    found = torch.from_numpy(run_ranks(1, first_inputs, folder, tokens)[0])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens), output_hidden_states=True).hidden_states[0]
+    assert torch.equal(found, expected.float())

@@ -1,6 +1,7 @@
 """Every form of rotary embedding, in every family that transformers gives it to, for short and for long sequences."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megaqad.models.blocks.rotary import Tables, rotate
 from megaqad.models.families import describe_model
 from tests.families.checkpoints import settings, transformers_model
 
@@ -87,3 +89,23 @@ def test_only_dynamic_and_longrope_depend_on_the_length(form: str, tmp_path: Pat
     assert rotary is not None
     short, long = (rotary.frequencies(length)[0] for length in (ORIGINAL, ORIGINAL + 1))
     assert torch.equal(short, long) == (form not in {"dynamic", "longrope"})
+
+
+@pytest.mark.parametrize("case", ["llama_biases", "phi3", "gemma3", "olmo2"])
+def test_bf16_rotations_equal_transformers(case: str, tmp_path: Path) -> None:
+    """To the bit: most families round cosines and sines, OLMo 2 rotates in FP32."""
+    content = rotary_settings(case, "default", 0.75)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    rotary = describe_model(tmp_path).attentions[0].rotary
+    assert rotary is not None
+    x = torch.randn(ORIGINAL, 1, 3, rotary.head_dim, dtype=torch.bfloat16)  # [s, b, n, d]
+    tables = Tables()
+    tables.length = ORIGINAL
+    found = rotate(x, tables.of(rotary, x.dtype, x.device))
+    model = transformers_model(content)
+    kind = {"layer_type": model.config.layer_types[0]} if case == "gemma3" else {}
+    theirs = x.permute(1, 2, 0, 3)  # [b, n, s, d]
+    cos, sin = model.get_decoder().rotary_emb(theirs, torch.arange(ORIGINAL)[None], **kind)
+    expected, _ = sys.modules[type(model).__module__].apply_rotary_pos_emb(theirs, theirs, cos, sin)
+    assert found.dtype is expected.dtype is torch.bfloat16
+    assert torch.equal(found, expected.permute(2, 0, 1, 3))

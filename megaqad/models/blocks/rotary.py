@@ -28,6 +28,8 @@ class Rotary:
     """transformers' configuration of the model, which its functions read."""
     layer_type: str | None = None
     """Whose settings are meant where the configuration has several."""
+    wide: bool = False
+    """Whether queries and keys are rotated in FP32 and rounded then; else cosines and sines are rounded before."""
 
     def frequencies(self, length: int) -> tuple[Tensor, float]:
         """Inverse frequencies float32 [dim / 2] for sequences of ``length``, and what cosines and sines are multiplied
@@ -80,6 +82,7 @@ class Tables:
     def of(self, rotary: Rotary, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """``Rotary.table`` for sequences of ``length``."""
         length, table = self._kept.get(rotary, (0, None))
+        dtype = torch.float32 if rotary.wide else dtype
         if table is None or length != self.length or table[0].dtype is not dtype:
             table = rotary.table(self.length, dtype, device)
             self._kept[rotary] = (self.length, table)
@@ -91,5 +94,5 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = table
     turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = turned.chunk(2, dim=-1)
-    turned = (turned * cos) + (torch.cat((-second, first), dim=-1) * sin)
+    turned = ((turned * cos) + (torch.cat((-second, first), dim=-1) * sin)).to(x.dtype)
     return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned

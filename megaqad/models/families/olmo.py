@@ -1,5 +1,6 @@
 """OLMo 2: norms after the blocks, none before, and one over all query heads and one over all key heads together."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ weight_first = partial(norm, order="weight_first")
 
 @family("Olmo2ForCausalLM", "olmo2")
 def olmo2(config: Any, content: dict[str, Any]) -> Architecture:
-    rope, bias, dim = rotary(config), config.attention_bias, head_dim(config)
+    rope, bias, dim = replace(rotary(config), wide=True), config.attention_bias, head_dim(config)
 
     def layer(index: int) -> Layer:
         prefix = f"model.layers.{index}"
