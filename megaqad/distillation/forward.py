@@ -36,6 +36,7 @@ def forward_hidden(
     if not tokens:
         return []
     chunks = model.chunks
+    batch_size, length = tokens[0].shape
     # The interleaved schedule takes a multiple of the stages: the last microbatch runs again, its result is dropped.
     stages = model.ranks.sizes.pipeline if len(chunks) > 1 else 1
     scheduled = [*tokens, *[tokens[-1]] * (-len(tokens) % stages)]
@@ -59,7 +60,7 @@ def forward_hidden(
         forward_step,
         list(enumerate(scheduled)),
         config=chunks[0].config,
-        shape=(tokens[0].shape[0], tokens[0].shape[1]),
+        shape=(batch_size, length),
         forward_only=True,
         collect_non_loss_data=True,
     )

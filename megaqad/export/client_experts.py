@@ -1,8 +1,8 @@
 """Mixtures of experts as their checkpoints name them, and as engines round them.
 
 transformers keeps the experts of a layer in two parameters, ``experts.gate_up_proj`` [E, 2 I, H] and
-``experts.down_proj`` [E, H, I]; checkpoints have a tensor for each expert and projection. ``slots`` gives every tensor of
-a checkpoint its place in the model's parameters.
+``experts.down_proj`` [E, H, I]; checkpoints have a tensor for each expert and projection. ``slots`` gives every
+tensor of a checkpoint its place in the model's parameters.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 NAMES: dict[str, tuple[str, tuple[str, str, str]]] = {"mixtral": ("block_sparse_moe", ("w1", "w3", "w2"))}
-"""By ``model_type``: what the checkpoint calls transformers' ``mlp`` where it has experts, and its gate, up and down."""
+"""By ``model_type``: what checkpoints call transformers' ``mlp`` where it has experts, and their gate, up and down."""
 USUAL = ("mlp", ("gate_proj", "up_proj", "down_proj"))
 
 

@@ -59,7 +59,8 @@ def trained_gradients(rank: int, world_size: int, overrides: list[str]) -> Gradi
         def keep_gradient(norm: torch.nn.Module, arguments: object, output: Tensor) -> None:
             output.register_hook(lambda gradient: hidden.append(gradient.clone()))
 
-        last.final_norm.register_forward_hook(keep_gradient)
+        if last.final_norm is not None:
+            last.final_norm.register_forward_hook(keep_gradient)
         assert step(batches(session.architecture.vocab_size)).fault is None
         if not session.ranks.is_last_stage:
             return None

@@ -198,7 +198,7 @@ def wrong_heads(session: Session, student: Model, teacher: SelfTeacher) -> Itera
         yield "a frozen head is a copy, or a trained one is the student's"
     if parameter.requires_grad:
         shift([parameter])
-    if head.requires_grad or not torch.equal(head, session.teacher[-1].head_weight()):
+    if head.requires_grad or not torch.equal(head, session.teacher.last.head_weight()):
         yield "its head is not the original's"
 
 

@@ -327,18 +327,34 @@ class _GroupedProduct(torch.autograd.Function):
         of_rows = _products(slope.contiguous(), weight, ctx.counts) if ctx.needs_input_grad[0] else None
         of_weight = None
         if ctx.needs_input_grad[1]:
-            of_weight = torch.empty_like(weight)
-            parts = zip(of_weight, slope.split(ctx.counts), rows.split(ctx.counts), strict=True)
-            for gradient, above, below in parts:
-                torch.mm(above.t(), below, out=gradient)
+            of_weight = _outer_products(slope, rows, ctx.counts)
         return of_rows, of_weight, None
+
+
+def _grouped_on_device(rows: Tensor) -> bool:
+    """Whether PyTorch's grouped product can do it: one launch for all experts."""
+    return rows.is_cuda and rows.dtype is torch.bfloat16 and rows.shape[0] > 0
+
+
+def _ends(rows: Tensor, counts: list[int]) -> Tensor:
+    return torch.tensor(counts, device=rows.device).cumsum(0, dtype=torch.int32)
+
+
+def _outer_products(slope: Tensor, rows: Tensor, counts: list[int]) -> Tensor:
+    """Slope [t, n] and rows [t, k], by expert -> the weights' gradients [e, n, k]."""
+    if _grouped_on_device(rows):
+        grouped: Tensor = torch._grouped_mm(slope.contiguous().t(), rows, offs=_ends(rows, counts))
+        return grouped
+    gradients = rows.new_empty(len(counts), slope.shape[1], rows.shape[1])
+    for gradient, above, below in zip(gradients, slope.split(counts), rows.split(counts), strict=True):
+        torch.mm(above.t(), below, out=gradient)
+    return gradients
 
 
 def _products(rows: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
     """Rows [t, k], by expert, times matrices [e, k, n] -> [t, n]."""
-    if rows.is_cuda and rows.dtype is torch.bfloat16 and rows.shape[0]:
-        ends = torch.tensor(counts, device=rows.device).cumsum(0, dtype=torch.int32)
-        grouped: Tensor = torch._grouped_mm(rows, matrices, offs=ends)
+    if _grouped_on_device(rows):
+        grouped: Tensor = torch._grouped_mm(rows, matrices, offs=_ends(rows, counts))
         return grouped
     output = rows.new_empty(rows.shape[0], matrices.shape[2])
     for product, part, matrix in zip(output.split(counts), rows.split(counts), matrices, strict=True):
