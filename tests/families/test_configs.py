@@ -16,7 +16,7 @@ from megaqad.errors import UserError
 from megaqad.models.checks import check_checkpoint, check_layout
 from megaqad.models.families import describe_model
 from megaqad.runtime.ranks import ParallelSizes
-from tests.families.checkpoints import random_tokens, randomize, relative_error, save, transformers_model
+from tests.families.checkpoints import SIZES, random_tokens, randomize, relative_error, save, transformers_model
 from tests.families.configs import POSITIONS, configs
 from tests.models.megatron_runs import local_logits, whole_logits
 from tests.ranks import run_ranks
@@ -78,6 +78,21 @@ def outcome(model_type: str, content: dict[str, Any], length: int) -> str:
             return "not finite"
         assert relative_error(logits, expected[1]) < 1e-4
         return "equal"
+
+
+def test_the_model_type_decides(tmp_path: Path) -> None:
+    """As in transformers; engines go by ``architectures``, so the two may not contradict each other."""
+
+    def family_of(**content: Any) -> str:
+        (tmp_path / "config.json").write_text(json.dumps({**SIZES, **content}))
+        return describe_model(tmp_path).family
+
+    assert family_of(model_type="granite", architectures=[]) == "GraniteForCausalLM"
+    assert family_of(model_type="granite") == "GraniteForCausalLM"
+    assert family_of(architectures=["GraniteForCausalLM"]) == "GraniteForCausalLM"
+    for other in ("GraniteModel", "GraniteForSequenceClassification", "LlamaForCausalLM"):
+        with pytest.raises(UserError, match=f"architecture {other} is not supported"):
+            family_of(model_type="granite", architectures=[other])
 
 
 def check_configs(examples: int, **options: Any) -> dict[str, int]:
