@@ -24,7 +24,7 @@ from tests.ranks import run_ranks
 DELIBERATE = re.compile(
     r"partial_rotary_factor=|hidden_act=|softcapping=|use_bidirectional_attention=True|is_causal=false|not finite"
     r"|is not a multiple of num_attention_heads|sliding_attention without a window|layer_types has 'chunked_attention'"
-    r"|it must be a positive integer|architecture .* is not supported"
+    r"|must be a positive integer|architecture .* is not supported"
 )
 """What may be refused though transformers computes something: other readers take it for something else, or a block is
 missing."""

@@ -65,6 +65,9 @@ def _window_of(config: Any, kind: str) -> int | None:
 
 def attention(config: Any, layer: int, rope: Rotary | None, **changes: Any) -> Attention:
     """``model.layers.N.self_attn`` with grouped heads; ``changes`` are fields of ``Attention``."""
+    window = changes.get("window")
+    if window is not None and window <= 0:  # unused windows may be 0 in the file
+        raise UserError(f"sliding_window={window} lets a token see nothing; it must be a positive integer or null")
     return Attention(
         **{
             "module": f"model.layers.{layer}.self_attn",

@@ -20,7 +20,7 @@ from megaqad.models.architecture import Architecture
 MOST_LAYERS = 10_000
 """More is a damaged file, not a model."""
 NEEDED_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings", "sliding_window")
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings")
 """Null in the file stands for the default of the class."""
 
 
