@@ -10,7 +10,6 @@ What travels is bytes, viewed as uint8: process groups then need not know float8
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -94,10 +93,14 @@ def stream_tensors(model: Model, conversion: Conversion) -> Iterator[tuple[str, 
 
 
 def _joined_rows(stored: Sequence[Stored], wholes: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Rows of one tensor that come as several parts, put together again."""
-    for name, parts in groupby(zip(stored, wholes, strict=True), key=lambda pair: pair[0].tensor.name):
-        tensors = [whole for _, whole in parts]
-        yield name, tensors[0] if len(tensors) == 1 or not tensors[0].dim() else torch.cat(tensors)
+    """Rows of one tensor that come as several parts, put together again; what these parts share comes once."""
+    parts: dict[str, list[Tensor]] = {}
+    for one, whole in zip(stored, wholes, strict=True):
+        of_name = parts.setdefault(one.tensor.name, [])
+        if one.tensor.rows is not None or not of_name:
+            of_name.append(whole)
+    for name, tensors in parts.items():
+        yield name, tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 @dataclass(frozen=True)

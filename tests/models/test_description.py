@@ -45,6 +45,13 @@ def test_both_homes_of_rope_settings(tmp_path: Path) -> None:
         assert rotary.theta == theta
 
 
+def test_the_file_is_kept_as_it_was_read(tmp_path: Path) -> None:
+    """transformers completes what it parses; exports write the original's settings."""
+    content = {**BASE, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert describe_model(tmp_path).config == content
+
+
 @pytest.mark.parametrize(("key", "value"), [("architectures", ["LLaMAForCausalLM"]), ("hidden_act", "swish")])
 def test_spellings_of_published_files(key: str, value: Any, tmp_path: Path) -> None:
     assert attention(tmp_path, model_type="llama", **{key: value}).heads == 4

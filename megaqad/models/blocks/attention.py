@@ -22,6 +22,20 @@ from megaqad.models.weights import COLUMN, ROW, WHOLE, Cut, Heads, HfTensor, Wei
 from megaqad.runtime.sizes import ParallelSizes
 
 
+@dataclass(frozen=True)
+class QueryScale:
+    """Queries far into a sequence are longer: times 1 + beta * log(1 + floor(position / length))."""
+
+    beta: float
+    length: int
+
+    def table(self, length: int, like: Tensor) -> Tensor:
+        """Of positions 0 to length - 1: [s, 1, 1, 1], computed in FP32, in the dtype and on the device of ``like``."""
+        positions = torch.arange(length, device=like.device)
+        scale = 1 + self.beta * torch.log(1 + torch.floor(positions / self.length))
+        return scale.to(like.dtype)[:, None, None, None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attention:
     """Self-attention of one layer."""
@@ -41,6 +55,7 @@ class Attention:
     key_norm: Norm | None = None
     scale: float | None = None
     """Of the scores; None: 1 / sqrt(head_dim)."""
+    query_scale: QueryScale | None = None
     window: int | None = None
     """Positions that one sees, itself included; None: all before it."""
     fused: str | None = None
@@ -140,6 +155,8 @@ class SelfAttention(nn.Module):
         if block.rotary is not None:
             table = tables.of(block.rotary, query.dtype, query.device)
             query, key = rotate(query, table), rotate(key, table)
+        if block.query_scale is not None:
+            query = query * block.query_scale.table(tables.length, query)
         if self.cache is not None:
             key, value = self.cache(key, value)
         mixed = causal_attention(query, key, value, scale=block.scale, window=block.window)

@@ -4,11 +4,14 @@ The frequencies of the scaled forms (linear, dynamic, yarn, llama3, longrope) co
 that they are the numbers that every reader of the checkpoint computes with.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megaqad.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,6 +20,7 @@ class Rotary:
 
     dim: int
     """Leading dims of a head that are rotated."""
+    head_dim: int
     theta: float
     kind: str
     """transformers' ``rope_type``."""
@@ -24,6 +28,8 @@ class Rotary:
     """transformers' configuration of the model, which its functions read."""
     layer_type: str | None = None
     """Whose settings are meant where the configuration has several."""
+    wide: bool = False
+    """Whether queries and keys are rotated in FP32 and rounded then; else cosines and sines are rounded before."""
 
     def frequencies(self, length: int) -> tuple[Tensor, float]:
         """Inverse frequencies float32 [dim / 2] for sequences of ``length``, and what cosines and sines are multiplied
@@ -33,9 +39,28 @@ class Rotary:
             return 1.0 / (self.theta**steps), 1.0
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+        if self.kind not in ROPE_INIT_FUNCTIONS:
+            raise UserError(f"rope_type={self.kind!r} is not one of default, {', '.join(ROPE_INIT_FUNCTIONS)}")
         kinds = {} if self.layer_type is None else {"layer_type": self.layer_type}
         inverse, scaling = ROPE_INIT_FUNCTIONS[self.kind](self.config, torch.device("cpu"), seq_len=length, **kinds)
         return inverse, float(scaling)
+
+    def check(self, longest: int) -> None:
+        """Whether the settings give frequencies, for short sequences and for those of ``longest``: some forms differ.
+
+        Raises:
+            UserError: a head without pairs of dims to rotate, frequencies that are not finite.
+            Exception: whatever transformers' functions raise over settings that they cannot use.
+        """
+        for length in (1, longest):
+            inverse, scaling = self.frequencies(length)
+            if 2 * len(inverse) > self.head_dim:
+                raise UserError(
+                    f"rotary embeddings of {2 * len(inverse)} dims do not fit heads of head_dim={self.head_dim}; they "
+                    "rotate pairs of dims: make head_dim even"
+                )
+            if not bool(inverse.isfinite().all()) or not math.isfinite(scaling):
+                raise UserError(f"the rotary settings (rope_type={self.kind}) give frequencies that are not finite")
 
     def table(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions 0 to length - 1: [s, 1, 1, dim] each, computed in FP32."""
@@ -57,6 +82,7 @@ class Tables:
     def of(self, rotary: Rotary, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """``Rotary.table`` for sequences of ``length``."""
         length, table = self._kept.get(rotary, (0, None))
+        dtype = torch.float32 if rotary.wide else dtype
         if table is None or length != self.length or table[0].dtype is not dtype:
             table = rotary.table(self.length, dtype, device)
             self._kept[rotary] = (self.length, table)
@@ -68,5 +94,5 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = table
     turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = turned.chunk(2, dim=-1)
-    turned = (turned * cos) + (torch.cat((-second, first), dim=-1) * sin)
+    turned = ((turned * cos) + (torch.cat((-second, first), dim=-1) * sin)).to(x.dtype)
     return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned

@@ -14,11 +14,12 @@ from megaqad.models.blocks.experts import Experts
 from megaqad.models.blocks.mlp import Mlp, activation_of
 from megaqad.models.blocks.norm import Norm, Order
 from megaqad.models.blocks.rotary import Rotary
+from megaqad.models.weights import WHOLE, Cut
 
 
-def norm(config: Any, module: str, size: int | None = None, order: Order = "cast_first") -> Norm:
+def norm(config: Any, module: str, size: int | None = None, *, order: Order = "cast_first", cut: Cut = WHOLE) -> Norm:
     """RMSNorm ``module`` over the hidden size, or another."""
-    return Norm(module, size or config.hidden_size, float(config.rms_norm_eps), order)
+    return Norm(module, size or config.hidden_size, float(config.rms_norm_eps), order, cut)
 
 
 def head_dim(config: Any) -> int:
@@ -32,21 +33,41 @@ def head_dim(config: Any) -> int:
     return int(given or config.hidden_size // config.num_attention_heads)
 
 
-def rotary(config: Any, layer_type: str | None = None) -> Rotary:
-    """The rotary embedding of all layers, or of those of one type."""
+def rotary(config: Any, layer_type: str | None = None, *, partial: bool = False) -> Rotary:
+    """The rotary embedding of all layers, or of those of one type.
+
+    Args:
+        partial: whether the family's attention rotates ``partial_rotary_factor`` of a head. In the others transformers
+            ignores that setting or fails over it, and engines follow it: refused.
+    """
     settings = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
-    share = float(settings.get("partial_rotary_factor", config.to_dict().get("partial_rotary_factor") or 1.0))
+    share = settings.get("partial_rotary_factor") or config.to_dict().get("partial_rotary_factor") or 1.0
+    if share != 1.0 and not partial:
+        raise UserError(f"partial_rotary_factor={share} has no meaning for {config.model_type}; remove it")
     dim = int(head_dim(config) * share)
-    return Rotary(dim, float(settings["rope_theta"]), settings["rope_type"], config, layer_type)
+    return Rotary(dim, head_dim(config), settings["rope_theta"], settings["rope_type"], config, layer_type)
 
 
 def windows(config: Any) -> list[int | None]:
     """The sliding window of every layer, from ``layer_types``; None where a layer sees everything."""
-    return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
+    return [_window_of(config, kind) for kind in config.layer_types]
+
+
+def _window_of(config: Any, kind: str) -> int | None:
+    if kind == "full_attention":
+        return None
+    if kind != "sliding_attention":
+        raise UserError(f"layer_types has {kind!r}; only full_attention and sliding_attention are supported")
+    if config.sliding_window is None:
+        raise UserError("layer_types has sliding_attention without a window; set sliding_window or use full_attention")
+    return int(config.sliding_window)
 
 
 def attention(config: Any, layer: int, rope: Rotary | None, **changes: Any) -> Attention:
     """``model.layers.N.self_attn`` with grouped heads; ``changes`` are fields of ``Attention``."""
+    window = changes.get("window")
+    if window is not None and window <= 0:  # unused windows may be 0 in the file
+        raise UserError(f"sliding_window={window} lets a token see nothing; it must be a positive integer or null")
     return Attention(
         **{
             "module": f"model.layers.{layer}.self_attn",
@@ -67,7 +88,7 @@ def mlp(config: Any, layer: int, **changes: Any) -> Mlp:
             "module": f"model.layers.{layer}.mlp",
             "hidden": config.hidden_size,
             "ffn": config.intermediate_size,
-            "activation": activation(config.hidden_act),
+            "activation": changes.get("activation") or activation(config.hidden_act),
             **changes,
         }
     )

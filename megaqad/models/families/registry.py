@@ -5,6 +5,7 @@ fills in what the file leaves out and settles which of several spellings counts 
 ``rope_parameters``); families read the result. No code of the checkpoint's own is run.
 """
 
+import copy
 import importlib
 import json
 import pkgutil
@@ -18,6 +19,9 @@ from megaqad.models.architecture import Architecture
 
 MOST_LAYERS = 10_000
 """More is a damaged file, not a model."""
+NEEDED_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings")
+"""Null in the file stands for the default of the class."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +73,13 @@ def describe_model(model_dir: Path) -> Architecture:
     content = _read(path)
     found = _family_of(content, path)
     parsed = _parse(content, found, path)
-    if parsed.num_hidden_layers > MOST_LAYERS:
-        raise UserError(f"{path} has num_hidden_layers={parsed.num_hidden_layers}: restore the original file")
     try:
         architecture = found.read(parsed, content)
-        for attention in architecture.attentions:
-            if attention.rotary is not None:
-                attention.rotary.frequencies(1)  # its settings are looked at only here
+        for rotary in {attention.rotary for attention in architecture.attentions if attention.rotary is not None}:
+            rotary.check(architecture.max_position_embeddings)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, OverflowError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{path} describes no model ({error!r}): restore the original file") from error
     return architecture
 
@@ -119,13 +120,22 @@ def _parse(content: dict[str, Any], found: Family, path: Path) -> Any:
     """transformers' configuration of this file."""
     from transformers import CONFIG_MAPPING
 
-    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+    for key in (*NEEDED_SIZES, *OPTIONAL_SIZES):
         value = content.get(key, 1)  # left out: the class default
+        if value is None and key in OPTIONAL_SIZES:
+            continue
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise UserError(f"{path.parent}: config.json has {key}={value!r}; it must be a positive integer")
-    plain = {key: value for key, value in content.items() if key != "quantization_config"}
+    if content.get("num_hidden_layers", 1) > MOST_LAYERS:
+        raise UserError(f"{path} has num_hidden_layers={content['num_hidden_layers']}: restore the original file")
+    if content.get("is_causal") is False:
+        raise UserError(f"{path} has is_causal=false; only causal attention is supported")
+    plain = copy.deepcopy({key: value for key, value in content.items() if key != "quantization_config"})
     try:
-        return CONFIG_MAPPING[found.model_type].from_dict(plain)
+        parsed = CONFIG_MAPPING[found.model_type].from_dict(plain)
     except Exception as error:  # its validators raise classes of their own
         why = " ".join(str(error).split())
         raise UserError(f"{path} is refused by transformers ({why}): restore the original file") from error
+    if vars(parsed).get("head_dim", 0) is None:  # the equal share, which not every class puts in its place
+        parsed.head_dim = parsed.hidden_size // parsed.num_attention_heads
+    return parsed
