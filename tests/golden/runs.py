@@ -51,6 +51,11 @@ SETTINGS = (
 DIGITS = 12
 """Hexadecimal digits kept of a SHA-256: 48 bits, because nobody forges here."""
 
+PORT_TAKEN = "EADDRINUSE"
+MOST_STARTS = 3
+MOST_LINES = 15
+"""Of a failed command's output that are shown: the end."""
+
 Record = dict[str, Any]
 Start = Callable[[list[str]], None]
 """Runs ``megaqad <arguments>`` to its end, which must be good."""
@@ -75,17 +80,31 @@ class Commands:
         self._started = 0
 
     def run(self, arguments: list[str]) -> None:
-        self._started += 1
-        if self._server is None:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-            command = [sys.executable, "-m", "megaqad", *arguments]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            code, output = done.returncode, done.stdout + done.stderr
-        else:
-            started = self._server.start(self._folder / f"{self._started:05d}", arguments)
-            code, output = started.wait(), started.output
+        """Run ``megaqad <arguments>`` to its end.
+
+        Started again where another command of this moment was given the same free port: it has done nothing yet.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        for _ in range(MOST_STARTS):
+            code, output = self._run_once(arguments)
+            if code == 0 or PORT_TAKEN not in output:
+                break
         if code:
-            raise RuntimeError(f"megaqad {' '.join(arguments)}: exit code {code}\n{output}")
+            end = "\n".join(output.splitlines()[-MOST_LINES:])
+            raise RuntimeError(f"exit code {code} of megaqad {' '.join(arguments)}\n{end}")
+
+    def _run_once(self, arguments: list[str]) -> tuple[int, str]:
+        """Its exit code and what it printed."""
+        self._started += 1
+        if self._server is not None:
+            command = self._server.start(self._folder / f"{self._started:05d}", arguments)
+            return command.wait(), command.output
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        plain = [sys.executable, "-m", "megaqad", *arguments]
+        done = subprocess.run(plain, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
 
     def close(self) -> None:
         if self._server is not None:
