@@ -45,7 +45,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time (default 2)")
     parser.add_argument("--file", type=Path, default=FILE, help="other fixtures than the repository's")
     parser.add_argument("--keep", type=Path, help="new directory that keeps the runs' files, to look into")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     transformers_logging.disable_progress_bar()
     chosen = _chosen(options.cases)
     if options.action == "list":
@@ -79,11 +79,11 @@ def _write(outcomes: Iterator[Outcome], file: Path, *, complete: bool) -> int:
         sys.exit(f"fixtures were written with {earlier['written_with']}, here is {environment()}: write all cases")
     cases, failed = earlier["cases"], 0
     for outcome in outcomes:
-        if isinstance(outcome.result, Exception):
+        if outcome.failure is not None:
             failed += 1
-            print(f"{outcome.case.name}: FAILED\n{outcome.result}", flush=True)
+            print(f"{outcome.case.name}: FAILED\n{outcome.failure}", flush=True)
             continue
-        cases[outcome.case.name] = outcome.result
+        cases[outcome.case.name] = outcome.record
         print(f"{outcome.case.name}: written  {outcome.seconds:.0f} s", flush=True)
     file.write_text(_text({name: cases[name] for name in CASES if name in cases}))
     return 1 if failed else 0
@@ -108,12 +108,12 @@ def _compare(outcomes: Iterator[Outcome], fixtures: dict[str, Any]) -> int:
     for outcome in outcomes:
         count += 1
         name, expected = outcome.case.name, fixtures["cases"].get(outcome.case.name)
-        if isinstance(outcome.result, Exception):
-            verdict, lines = "FAILED", str(outcome.result).splitlines()
+        lines = [] if expected is None else describe(expected, outcome.record)
+        if outcome.failure is not None:
+            verdict, lines = "FAILED", [*lines, *outcome.failure.splitlines()]
         elif expected is None:
-            verdict, lines = "HAS NO FIXTURE", []
+            verdict = "HAS NO FIXTURE"
         else:
-            lines = describe(expected, outcome.result)
             verdict = "DIFFERS" if lines else "equal bit for bit"
         different += verdict != "equal bit for bit"
         print(f"{name}: {verdict}  {outcome.seconds:.0f} s", *(f"    {line}" for line in lines), sep="\n", flush=True)

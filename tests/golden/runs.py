@@ -66,7 +66,9 @@ class Outcome:
     """How a case ended."""
 
     case: Case
-    result: Record | Exception
+    record: Record
+    """Without the parts that come after a failure."""
+    failure: str | None
     seconds: float
 
 
@@ -114,7 +116,7 @@ class Commands:
 def record_cases(cases: Sequence[Case], folder: Path, *, jobs: int = 1, forked: bool = True) -> Iterator[Outcome]:
     """Run the cases in ``folder``, ``jobs`` at a time, and yield each as it ends.
 
-    A case that fails is yielded with its exception, and the others run on.
+    A case that fails is yielded with what it got to, and the others run on.
     """
     models = {(case.model, case.dtype): _make_model(case, folder / "models") for case in cases}
     servers = [Commands(folder / f"commands_{number}", forked=forked) for number in range(min(jobs, len(cases)))]
@@ -124,14 +126,16 @@ def record_cases(cases: Sequence[Case], folder: Path, *, jobs: int = 1, forked: 
 
     def run(case: Case) -> Outcome:
         commands, started = free.get(), time.monotonic()
-        result: Record | Exception
+        record: Record = {}
+        failure = None
         try:
-            result = _record_case(case, models[case.model, case.dtype], folder / case.name, commands.run)
+            for part, content in _parts(case, models[case.model, case.dtype], folder / case.name, commands.run):
+                record[part] = content
         except (RuntimeError, OSError, ValueError, AssertionError) as error:
-            result = error
+            failure = str(error)
         finally:
             free.put(commands)
-        return Outcome(case, result, time.monotonic() - started)
+        return Outcome(case, record, failure, time.monotonic() - started)
 
     try:
         with ThreadPoolExecutor(len(servers)) as pool:
@@ -151,8 +155,8 @@ def _make_model(case: Case, folder: Path) -> Path:
     return model
 
 
-def _record_case(case: Case, model: Path, folder: Path, start: Start) -> Record:
-    """Run the case's commands in ``folder``, which is new, and collect what they leave."""
+def _parts(case: Case, model: Path, folder: Path, start: Start) -> Iterator[tuple[str, Any]]:
+    """Run the case's commands in ``folder``, which is new, and yield what they leave, by the name of the part."""
     folder.mkdir()
     run_dir, tokens = folder / "run", folder / "tokens.npy"
     np.save(tokens, random_tokens(MODELS[case.model]["vocab_size"], batch=2))
@@ -160,28 +164,27 @@ def _record_case(case: Case, model: Path, folder: Path, start: Start) -> Record:
     def command(name: str, *overrides: str, layout: str | None = None) -> None:
         start([name, f"model={model}", f"output_dir={run_dir}", *SETTINGS, *case.overrides(layout), *overrides])
 
-    record: Record = {"checkpoint": _files(model)}
+    yield "checkpoint", _files(model)
     command("quantize")
-    record["ptq"] = _json(run_dir / "ptq.json")
+    yield "ptq", _json(run_dir / "ptq.json")
     command("export", "student=ptq")
-    record["ptq_export"] = _export(run_dir / "export")
+    yield "ptq_export", _export(run_dir / "export")
     command("distill")
-    record["training"] = _training(run_dir / "metrics.jsonl")
+    yield "training", _training(run_dir / "metrics.jsonl")
     layout, last = case.resumed_in, run_dir / "checkpoints" / f"step_{STEPS:08d}"
     if layout is not None:
         shutil.rmtree(last)
         command("distill", layout=layout)
-        record["resumed"] = _training(run_dir / "metrics.jsonl")
+        yield "resumed", _training(run_dir / "metrics.jsonl")
     trained = f"student={last if case.recipe == 'none' else 'auto'}"  # without quantizers ``auto`` is the teacher
     command("evaluate", trained, layout=layout)
-    record["evaluation"] = _json(run_dir / "evaluation.json")
+    yield "evaluation", _json(run_dir / "evaluation.json")
     command("export", trained, layout=layout)
-    record["export"] = _export(run_dir / "export")
-    command("verify", trained, f"tokens={tokens}", layout=layout)
-    record["verify"] = _json(run_dir / "verify.json")
+    yield "export", _export(run_dir / "export")
     command("logits", trained, f"tokens={tokens}", layout=layout)
-    record["logits"] = _digest(run_dir / "logits.npy")
-    return record
+    yield "logits", _digest(run_dir / "logits.npy")
+    command("verify", trained, f"tokens={tokens}", layout=layout)
+    yield "verify", _json(run_dir / "verify.json")
 
 
 def _json(path: Path) -> Any:

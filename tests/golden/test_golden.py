@@ -37,8 +37,8 @@ def _records(cases: Sequence[Case], folder: Path) -> dict[str, Record]:
     transformers_logging.disable_progress_bar()
     found = {}
     for outcome in record_cases(cases, folder, jobs=2):
-        assert not isinstance(outcome.result, Exception), f"{outcome.case.name}: {outcome.result}"
-        found[outcome.case.name] = outcome.result
+        assert outcome.failure is None, f"{outcome.case.name}: {outcome.failure}"
+        found[outcome.case.name] = outcome.record
     return found
 
 
