@@ -27,9 +27,9 @@ FILE = Path(__file__).parent / "fixtures.json"
 PACKAGES = ("torch", "megatron-core", "nvidia-modelopt", "transformers", "safetensors", "numpy")
 
 
-def read_fixtures() -> dict[str, Any]:
+def read_fixtures(file: Path = FILE) -> dict[str, Any]:
     """``written_with`` and ``cases``, by name."""
-    return json.loads(FILE.read_text())
+    return json.loads(file.read_text())
 
 
 def environment() -> dict[str, str]:
@@ -43,8 +43,9 @@ def main() -> int:
     parser.add_argument("cases", nargs="*", help="names or shell patterns, like 'qwen*-tp2-*'; all without")
     parser.add_argument("--plain", action="store_true", help="start each command as users do, by a new Python (slow)")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time (default 2)")
+    parser.add_argument("--file", type=Path, default=FILE, help="other fixtures than the repository's")
     parser.add_argument("--keep", type=Path, help="new directory that keeps the runs' files, to look into")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     transformers_logging.disable_progress_bar()
     chosen = _chosen(options.cases)
     if options.action == "list":
@@ -55,8 +56,8 @@ def main() -> int:
     try:
         outcomes = record_cases(chosen, folder, jobs=options.jobs, forked=not options.plain)
         if options.action == "write":
-            return _write(outcomes, complete=not options.cases)
-        return _compare(outcomes)
+            return _write(outcomes, options.file, complete=not options.cases)
+        return _compare(outcomes, read_fixtures(options.file))
     finally:
         if options.keep is None:
             shutil.rmtree(folder)
@@ -71,20 +72,20 @@ def _chosen(patterns: list[str]) -> list[Case]:
     ]
 
 
-def _write(outcomes: Iterator[Outcome], *, complete: bool) -> int:
-    """Put each record into ``fixtures.json``; 1 if a case failed, whose fixture stays as it was."""
-    earlier = read_fixtures() if FILE.exists() else {"written_with": environment(), "cases": {}}
+def _write(outcomes: Iterator[Outcome], file: Path, *, complete: bool) -> int:
+    """Put each record into ``file``; 1 if a case failed, whose fixture stays as it was."""
+    earlier = read_fixtures(file) if file.exists() else {"written_with": environment(), "cases": {}}
     if not complete and earlier["written_with"] != environment():
         sys.exit(f"fixtures were written with {earlier['written_with']}, here is {environment()}: write all cases")
     cases, failed = earlier["cases"], 0
     for outcome in outcomes:
-        if isinstance(outcome.result, Exception):
+        if outcome.failure is not None:
             failed += 1
-            print(f"{outcome.case.name}: FAILED\n{outcome.result}", flush=True)
+            print(f"{outcome.case.name}: FAILED\n{outcome.failure}", flush=True)
             continue
-        cases[outcome.case.name] = outcome.result
+        cases[outcome.case.name] = outcome.record
         print(f"{outcome.case.name}: written  {outcome.seconds:.0f} s", flush=True)
-    FILE.write_text(_text({name: cases[name] for name in CASES if name in cases}))
+    file.write_text(_text({name: cases[name] for name in CASES if name in cases}))
     return 1 if failed else 0
 
 
@@ -98,9 +99,8 @@ def _text(cases: dict[str, Record]) -> str:
     return "\n".join([*lines, " }", "}", ""])
 
 
-def _compare(outcomes: Iterator[Outcome]) -> int:
+def _compare(outcomes: Iterator[Outcome], fixtures: dict[str, Any]) -> int:
     """Print per case whether it is equal, else what differs; 1 if any does."""
-    fixtures = read_fixtures()
     for name, expected in fixtures["written_with"].items():
         if environment()[name] != expected:
             print(f"note: written with {name} {expected}, here is {environment()[name]}")
@@ -108,12 +108,12 @@ def _compare(outcomes: Iterator[Outcome]) -> int:
     for outcome in outcomes:
         count += 1
         name, expected = outcome.case.name, fixtures["cases"].get(outcome.case.name)
-        if isinstance(outcome.result, Exception):
-            verdict, lines = "FAILED", str(outcome.result).splitlines()
+        lines = [] if expected is None else describe(expected, outcome.record)
+        if outcome.failure is not None:
+            verdict, lines = "FAILED", [*lines, *outcome.failure.splitlines()]
         elif expected is None:
-            verdict, lines = "HAS NO FIXTURE", []
+            verdict = "HAS NO FIXTURE"
         else:
-            lines = describe(expected, outcome.result)
             verdict = "DIFFERS" if lines else "equal bit for bit"
         different += verdict != "equal bit for bit"
         print(f"{name}: {verdict}  {outcome.seconds:.0f} s", *(f"    {line}" for line in lines), sep="\n", flush=True)

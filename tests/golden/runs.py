@@ -51,6 +51,11 @@ SETTINGS = (
 DIGITS = 12
 """Hexadecimal digits kept of a SHA-256: 48 bits, because nobody forges here."""
 
+PORT_TAKEN = "EADDRINUSE"
+MOST_STARTS = 3
+MOST_LINES = 15
+"""Of a failed command's output that are shown: the end."""
+
 Record = dict[str, Any]
 Start = Callable[[list[str]], None]
 """Runs ``megaqad <arguments>`` to its end, which must be good."""
@@ -61,7 +66,9 @@ class Outcome:
     """How a case ended."""
 
     case: Case
-    result: Record | Exception
+    record: Record
+    """Without the parts that come after a failure."""
+    failure: str | None
     seconds: float
 
 
@@ -75,17 +82,31 @@ class Commands:
         self._started = 0
 
     def run(self, arguments: list[str]) -> None:
-        self._started += 1
-        if self._server is None:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-            command = [sys.executable, "-m", "megaqad", *arguments]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            code, output = done.returncode, done.stdout + done.stderr
-        else:
-            started = self._server.start(self._folder / f"{self._started:05d}", arguments)
-            code, output = started.wait(), started.output
+        """Run ``megaqad <arguments>`` to its end.
+
+        Started again where another command of this moment was given the same free port: it has done nothing yet.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        for _ in range(MOST_STARTS):
+            code, output = self._run_once(arguments)
+            if code == 0 or PORT_TAKEN not in output:
+                break
         if code:
-            raise RuntimeError(f"megaqad {' '.join(arguments)}: exit code {code}\n{output}")
+            end = "\n".join(output.splitlines()[-MOST_LINES:])
+            raise RuntimeError(f"exit code {code} of megaqad {' '.join(arguments)}\n{end}")
+
+    def _run_once(self, arguments: list[str]) -> tuple[int, str]:
+        """Its exit code and what it printed."""
+        self._started += 1
+        if self._server is not None:
+            command = self._server.start(self._folder / f"{self._started:05d}", arguments)
+            return command.wait(), command.output
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        plain = [sys.executable, "-m", "megaqad", *arguments]
+        done = subprocess.run(plain, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
 
     def close(self) -> None:
         if self._server is not None:
@@ -95,7 +116,7 @@ class Commands:
 def record_cases(cases: Sequence[Case], folder: Path, *, jobs: int = 1, forked: bool = True) -> Iterator[Outcome]:
     """Run the cases in ``folder``, ``jobs`` at a time, and yield each as it ends.
 
-    A case that fails is yielded with its exception, and the others run on.
+    A case that fails is yielded with what it got to, and the others run on.
     """
     models = {(case.model, case.dtype): _make_model(case, folder / "models") for case in cases}
     servers = [Commands(folder / f"commands_{number}", forked=forked) for number in range(min(jobs, len(cases)))]
@@ -105,14 +126,16 @@ def record_cases(cases: Sequence[Case], folder: Path, *, jobs: int = 1, forked: 
 
     def run(case: Case) -> Outcome:
         commands, started = free.get(), time.monotonic()
-        result: Record | Exception
+        record: Record = {}
+        failure = None
         try:
-            result = _record_case(case, models[case.model, case.dtype], folder / case.name, commands.run)
+            for part, content in _parts(case, models[case.model, case.dtype], folder / case.name, commands.run):
+                record[part] = content
         except (RuntimeError, OSError, ValueError, AssertionError) as error:
-            result = error
+            failure = str(error)
         finally:
             free.put(commands)
-        return Outcome(case, result, time.monotonic() - started)
+        return Outcome(case, record, failure, time.monotonic() - started)
 
     try:
         with ThreadPoolExecutor(len(servers)) as pool:
@@ -132,8 +155,8 @@ def _make_model(case: Case, folder: Path) -> Path:
     return model
 
 
-def _record_case(case: Case, model: Path, folder: Path, start: Start) -> Record:
-    """Run the case's commands in ``folder``, which is new, and collect what they leave."""
+def _parts(case: Case, model: Path, folder: Path, start: Start) -> Iterator[tuple[str, Any]]:
+    """Run the case's commands in ``folder``, which is new, and yield what they leave, by the name of the part."""
     folder.mkdir()
     run_dir, tokens = folder / "run", folder / "tokens.npy"
     np.save(tokens, random_tokens(MODELS[case.model]["vocab_size"], batch=2))
@@ -141,28 +164,27 @@ def _record_case(case: Case, model: Path, folder: Path, start: Start) -> Record:
     def command(name: str, *overrides: str, layout: str | None = None) -> None:
         start([name, f"model={model}", f"output_dir={run_dir}", *SETTINGS, *case.overrides(layout), *overrides])
 
-    record: Record = {"checkpoint": _files(model)}
+    yield "checkpoint", _files(model)
     command("quantize")
-    record["ptq"] = _json(run_dir / "ptq.json")
+    yield "ptq", _json(run_dir / "ptq.json")
     command("export", "student=ptq")
-    record["ptq_export"] = _export(run_dir / "export")
+    yield "ptq_export", _export(run_dir / "export")
     command("distill")
-    record["training"] = _training(run_dir / "metrics.jsonl")
+    yield "training", _training(run_dir / "metrics.jsonl")
     layout, last = case.resumed_in, run_dir / "checkpoints" / f"step_{STEPS:08d}"
     if layout is not None:
         shutil.rmtree(last)
         command("distill", layout=layout)
-        record["resumed"] = _training(run_dir / "metrics.jsonl")
+        yield "resumed", _training(run_dir / "metrics.jsonl")
     trained = f"student={last if case.recipe == 'none' else 'auto'}"  # without quantizers ``auto`` is the teacher
     command("evaluate", trained, layout=layout)
-    record["evaluation"] = _json(run_dir / "evaluation.json")
+    yield "evaluation", _json(run_dir / "evaluation.json")
     command("export", trained, layout=layout)
-    record["export"] = _export(run_dir / "export")
-    command("verify", trained, f"tokens={tokens}", layout=layout)
-    record["verify"] = {key: value for key, value in _json(run_dir / "verify.json").items() if key in VERIFIED}
+    yield "export", _export(run_dir / "export")
     command("logits", trained, f"tokens={tokens}", layout=layout)
-    record["logits"] = _digest(run_dir / "logits.npy")
-    return record
+    yield "logits", _digest(run_dir / "logits.npy")
+    command("verify", trained, f"tokens={tokens}", layout=layout)
+    yield "verify", {key: value for key, value in _json(run_dir / "verify.json").items() if key in VERIFIED}
 
 
 VERIFIED = (
