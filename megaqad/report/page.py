@@ -6,7 +6,7 @@ is escaped here, where it enters. Each number of the table carries its full valu
 
 import base64
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
@@ -118,21 +118,16 @@ def _figure(picture: Picture) -> str:
 
 def _facts(results: RunResults) -> str:
     facts = results.facts
-    return _definitions(
-        (
-            ("Model", f"{facts.model}, {facts.parameters:,} parameters"),
-            ("Data", facts.data),
-            ("Recipe", facts.recipe),
-            ("Layout", facts.layout),
-            ("Training", f"{facts.steps:,} steps, {facts.tokens:,} tokens"),
-            ("Wall time", duration(facts.seconds)),
-            ("Versions", ", ".join(f"{name}{NBSP}{version}" for name, version in facts.versions.items())),
-        )
-    )
-
-
-def _definitions(pairs: Iterable[tuple[str, str]]) -> str:
-    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>\n" for name, value in pairs if value)
+    pairs = {
+        "Model": f"{facts.model}, {facts.parameters:,} parameters",
+        "Data": facts.data,
+        "Recipe": facts.recipe,
+        "Layout": facts.layout,
+        "Training": f"{facts.steps:,} steps, {facts.tokens:,} tokens",
+        "Wall time": duration(facts.seconds),
+        "Versions": ", ".join(f"{name}{NBSP}{version}" for name, version in facts.versions.items()),
+    }
+    rows = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>\n" for name, value in pairs.items() if value)
     return f"<dl>\n{rows}</dl>"
 
 

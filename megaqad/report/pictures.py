@@ -1,7 +1,7 @@
 """The report's pictures: the course of training, and one number for every part of every layer.
 
-What the table says is not drawn again. A picture is a PNG file, drawn by matplotlib in light colours; the page holds the
-same file and inverts its lightness on a dark screen.
+What the table says is not drawn again. A picture is a PNG file, drawn by matplotlib in light colours; the page holds
+the same file and inverts its lightness on a dark screen.
 """
 
 import io
