@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-slurm test-faults lint format clean
+.PHONY: help setup demo test test-slow test-slurm test-faults lint format clean
 
 help:
 	@echo "make demo    set up, then run the whole journey on the bundled teacher (CPU, minutes)"
 	@echo "make test    set up, then run the tests"
+	@echo "make test-slow    the long matrices of the same tests"
 	@echo "make test-slurm   the launch scripts on a real Slurm cluster inside this machine (root, Debian packages)"
 	@echo "make test-faults  kill, truncate, fill the disk: nothing may be lost"
 	@echo "make lint    set up, then ruff, mypy, shellcheck and hadolint"
@@ -25,7 +26,10 @@ demo: setup
 	$(BIN)/megaqad demo
 
 test: setup
-	$(BIN)/python -m pytest -q --ignore=tests/slurm --ignore=tests/faults
+	$(BIN)/python -m pytest -q -m "not slow" --ignore=tests/slurm --ignore=tests/faults
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow --ignore=tests/slurm --ignore=tests/faults
 
 test-slurm: setup
 	tests/slurm/run.sh
