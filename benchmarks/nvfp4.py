@@ -66,7 +66,7 @@ def bench_nvfp4(
     Yields:
         ``operation``, ``amax`` (``own``, ``rows``, ``given`` or ``none``), ``impl``, ``shape``, ``dtype``, ``device``,
         ``threads``, ``allocator``, ``repeats``, ``seconds`` (median), ``seconds_min``, ``gigabytes_per_second``,
-        and the ratios ``speedup_over_reference``, ``speedup_over_modelopt`` (null where ModelOpt has no such operation),
+        and the ratios ``speedup_over_reference``, ``speedup_over_modelopt`` (null where ModelOpt has no such one),
         ``of_copy``.
 
     Raises:
