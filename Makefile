@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo    set up, then run the whole journey on the bundled teacher (CPU, minutes)"
 	@echo "make test    set up, then run the tests"
-	@echo "make test-slow    tests of several minutes: the golden results of every recipe and layout"
+	@echo "make test-slow   tests of several minutes: the golden results of every recipe and layout"
 	@echo "make test-slurm   the launch scripts on a real Slurm cluster inside this machine (root, Debian packages)"
 	@echo "make test-faults  kill, truncate, fill the disk: nothing may be lost"
 	@echo "make lint    set up, then ruff, mypy, shellcheck and hadolint"

@@ -23,6 +23,7 @@ RUN pip install --no-cache-dir --no-deps --constraint constraints.txt \
     --index-url https://download.pytorch.org/whl/cpu torch
 
 COPY pyproject.toml README.md LICENSE ./
+COPY benchmarks benchmarks
 COPY conf conf
 COPY megaqad megaqad
 RUN pip install --no-cache-dir --constraint constraints.txt . \

@@ -14,6 +14,7 @@ COPY docker/image.py constraints.txt ./
 RUN python image.py constraints constraints.txt >image-constraints.txt
 
 COPY pyproject.toml README.md LICENSE ./
+COPY benchmarks benchmarks
 COPY conf conf
 COPY megaqad megaqad
 # The image's own constraints (PIP_CONSTRAINT) hold packages back that megaqad needs newer; image.py names those that

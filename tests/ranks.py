@@ -1,10 +1,10 @@
 """Persistent gloo ranks for tests: importing torch and Megatron takes seconds, a process group milliseconds.
 
-A pool of worker processes is started once per test session. ``run_ranks(n, function, *args)`` runs a module-level
-``function(rank, world_size, *args)`` on the first ``n`` of them, inside a default process group made for that call,
-and returns their results in rank order. A failing rank fails the call with that rank's traceback; the pool is then
-replaced, because its peers may still hang in a collective. Ranks that give no answer in time print the stacks of all
-their threads first.
+A server process imports them once per test session and forks the workers of a pool. ``run_ranks(n, function, *args)``
+runs a module-level ``function(rank, world_size, *args)`` on the first ``n`` of them, inside a default process group
+made for that call, and returns their results in rank order. A failing rank fails the call with that rank's traceback;
+the pool is then replaced, because its peers may still hang in a collective. Ranks that give no answer in time print the
+stacks of all their threads first.
 
 Forming the group, before any code under test has run, is the one step that is tried again, so that trouble with
 sockets is not taken for a deadlock of the code under test. What the function does is never repeated.
@@ -13,6 +13,7 @@ sockets is not taken for a deadlock of the code under test. What the function do
 import atexit
 import faulthandler
 import multiprocessing as mp
+import multiprocessing.forkserver
 import os
 import tempfile
 import time
@@ -21,11 +22,18 @@ import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest import mock
 
 LONGEST_CALL_SECONDS = 300
 STACKS_AFTER_SECONDS = LONGEST_CALL_SECONDS - 10
 CONNECT_SECONDS = 90
-"""The first group of a session waits for its ranks to import torch."""
+"""The first group of a session waits for the server to import everything."""
+IMPORTED_ONCE = (
+    "modelopt.torch.distill.plugins.megatron",  # it cannot be imported once the CPU device layer is on
+    "megaqad.commands.students",
+    "megaqad.export.verify",
+    "transformers.models.auto.modeling_auto",
+)
 CONNECT_TRIES = 3
 CONNECTED = "connected"
 THREADS_MOST = 400
@@ -34,7 +42,6 @@ training run about fifty. After a thousand tests they were 4,600, every call was
 
 
 def _worker(rank: int, connection: Connection) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
     warnings.filterwarnings("ignore")
     import torch
     import torch.distributed as dist
@@ -74,10 +81,13 @@ class RankPool:
     """Worker processes that live as long as the test session."""
 
     def __init__(self) -> None:
-        self._context = mp.get_context("spawn")
+        self._context = mp.get_context("forkserver")
+        self._context.set_forkserver_preload(list(IMPORTED_ONCE))
         self._workers: list[tuple[Any, Connection]] = []
 
     def _grow_to(self, size: int) -> None:
+        with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}):
+            mp.forkserver.ensure_running()
         while len(self._workers) < size:
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=_worker, args=(len(self._workers), theirs))

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import platform
 import shlex
 from pathlib import Path
@@ -90,7 +91,7 @@ def _facts(settings: Settings, seconds: float, command: list[str]) -> RunFacts:
         in_fp8 = choice.of("fp8")
     return RunFacts(
         model=settings.model_dir.absolute().name,
-        parameters=sum(_product(shape) for shape in sizes),
+        parameters=sum(map(math.prod, sizes)),
         data=settings.data.source if settings.data.source != "text" else ", ".join(settings.data.files),
         layout=f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
         + (f" x {parallel.virtual_pipeline} virtual" if parallel.virtual_pipeline > 1 else "")
@@ -105,13 +106,6 @@ def _facts(settings: Settings, seconds: float, command: list[str]) -> RunFacts:
         versions={name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
         verification=verification,
     )
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,9 +4,10 @@ A refusal is one line that names the value, the limit and the way out.
 """
 
 import os
-from dataclasses import asdict
+from dataclasses import fields
+from operator import attrgetter
 
-from megaqad.config.settings import Settings
+from megaqad.config.settings import ParallelSettings, Settings
 from megaqad.data import build_datasets, read_token_file
 from megaqad.data.sources import split_files
 from megaqad.distill_settings import TEACHERS, check_self_teacher, check_teacher
@@ -20,14 +21,27 @@ from megaqad.quantization.formats import cache_number
 from megaqad.quantization.plan import QuantizationPlan, plan_for
 from megaqad.runtime.duration import seconds_of
 
-DTYPES = ("bfloat16", "float32")
-EXPORT_FORMATS = ("modelopt", "compressed_tensors")
-VERIFY_MODELS = ("auto", "full", "streamed", "files", "off")
+CHOICES = {
+    "runtime.dtype": ("bfloat16", "float32"),
+    "export.format": ("modelopt", "compressed_tensors"),
+    "verify.model": ("auto", "full", "streamed", "files", "off"),
+    "logging.wandb.mode": ("offline", "online", "disabled"),
+    "train.router": ("auto", "frozen", "trained"),
+}
+AT_LEAST_ONE = (
+    *(f"parallel.{axis.name}" for axis in fields(ParallelSettings) if axis.name != "sequence"),
+    "train.steps",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "train.sequence_length",
+    "train.max_bad_steps",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "evaluation.max_tokens",
+)
 COMMANDS_THAT_DISTILL = ("demo", "recover", "distill")
 COMMANDS_WITH_DATA = ("demo", "recover", "quantize", "distill", "evaluate", "pretrain", "bench step")
 COMMANDS_WITH_TOKENS = ("demo", "recover", "verify", "logits")
-ROUTERS = ("auto", "frozen", "trained")
-WANDB_MODES = ("offline", "online", "disabled")
 
 
 def world_size(settings: Settings) -> int:
@@ -102,35 +116,26 @@ def check_data(command: str, settings: Settings, architecture: Architecture, *, 
 
 
 def _check_values(settings: Settings) -> None:
-    for name, value, choices in (
-        ("runtime.dtype", settings.runtime.dtype, DTYPES),
-        ("export.format", settings.export.format, EXPORT_FORMATS),
-        ("verify.model", settings.verify.model, VERIFY_MODELS),
-        ("logging.wandb.mode", settings.logging.wandb.mode, WANDB_MODES),
-        ("train.router", settings.train.router, ROUTERS),
-    ):
+    for name, choices in CHOICES.items():
+        value = attrgetter(name)(settings)
         if value not in choices:
             raise UserError(f"{name}={value} is unknown: choose one of {', '.join(choices)}")
-    parallel, train = settings.parallel, settings.train
-    at_least_one = {
-        **{f"parallel.{name}": size for name, size in asdict(parallel).items() if name != "sequence"},
-        "train.steps": train.steps,
-        "train.global_batch_size": train.global_batch_size,
-        "train.micro_batch_size": train.micro_batch_size,
-        "train.sequence_length": train.sequence_length,
-        "checkpoint.every": settings.checkpoint.every,
-        "checkpoint.keep": settings.checkpoint.keep,
-        "train.max_bad_steps": train.max_bad_steps,
-        "evaluation.max_tokens": settings.evaluation.max_tokens,
-    }
-    for name, count in at_least_one.items():
+    for name in AT_LEAST_ONE:
+        count = attrgetter(name)(settings)
         if count < 1:
             raise UserError(f"{name}={count} is too small: it must be 1 or more")
+    train = settings.train
     if not 0 <= train.min_lr <= train.lr:
         raise UserError(f"train.min_lr={train.min_lr} must lie between 0 and train.lr={train.lr}")
     if not 0 <= train.warmup_steps < train.steps:
         raise UserError(f"train.warmup_steps={train.warmup_steps} must lie between 0 and train.steps={train.steps} - 1")
-    _check_resilience(settings)
+    if settings.checkpoint.keep_best < 0:
+        raise UserError(f"checkpoint.keep_best={settings.checkpoint.keep_best} is negative: use 0 to keep none for it")
+    if train.spike_factor != 0 and train.spike_factor <= 1:
+        raise UserError(f"train.spike_factor={train.spike_factor} must be 0 (never) or above 1, like 3")
+    if train.stop_after is not None:
+        seconds_of(train.stop_after, "train.stop_after")
+    seconds_of(settings.runtime.hang_timeout, "runtime.hang_timeout")
 
 
 def _check_export(settings: Settings, plan: QuantizationPlan) -> None:
@@ -148,17 +153,6 @@ def _check_export(settings: Settings, plan: QuantizationPlan) -> None:
             f"export.format=compressed_tensors has no NVFP4 inputs with quantization.activation_scales=dynamic, as of "
             f"{dynamic[0]}: its readers want a calibrated scale, set static, or export.format=modelopt"
         )
-
-
-def _check_resilience(settings: Settings) -> None:
-    """Settings of checkpoints, stops and faults."""
-    if settings.checkpoint.keep_best < 0:
-        raise UserError(f"checkpoint.keep_best={settings.checkpoint.keep_best} is negative: use 0 to keep none for it")
-    if settings.train.spike_factor != 0 and settings.train.spike_factor <= 1:
-        raise UserError(f"train.spike_factor={settings.train.spike_factor} must be 0 (never) or above 1, like 3")
-    if settings.train.stop_after is not None:
-        seconds_of(settings.train.stop_after, "train.stop_after")
-    seconds_of(settings.runtime.hang_timeout, "runtime.hang_timeout")
 
 
 def _check_world(settings: Settings) -> None:

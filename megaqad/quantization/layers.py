@@ -118,8 +118,8 @@ class QuantizedLinear(WeightSite):
         scaling: Scaling = DEFAULT_SCALING,
         **kwargs: Any,
     ) -> None:
-        """``held``: the weight's description; ``observes``: ranks over which the input's maximum is taken. The others are
-        Megatron-Core's, ``tp_group`` among them."""
+        """``held``: the weight's description; ``observes``: ranks over which the input's maximum is taken. The others
+        are Megatron-Core's, ``tp_group`` among them."""
         super().__init__(*args, **kwargs)
         self.set_up((held,), quantization, scaling, observes=observes, divides=kwargs["tp_group"])
         if self.scaling.stored:

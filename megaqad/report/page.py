@@ -4,16 +4,16 @@
 is escaped here, where it enters. Each number of the table carries its full value in `data-value`.
 """
 
+import base64
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
 
-from megaqad.report.canvas import PALETTE, Picture
-from megaqad.report.pictures import LABEL
+from megaqad.report.pictures import Picture
 from megaqad.report.results import Column, LayerError, RunResults
-from megaqad.report.verdict import NBSP, Verdict, duration, entropy, judge, nats, percent, recovered_text
+from megaqad.report.verdict import LABEL, NBSP, Verdict, duration, entropy, judge, nats, percent, recovered_text
 
 MEANING = {
     "bf16": "the teacher",
@@ -29,8 +29,6 @@ def render_page(results: RunResults, pictures: Sequence[Picture]) -> str:
     template = Template(files("megaqad.report").joinpath("page.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=escape(f"{results.facts.model}: NVFP4 recovery"),
-        light=_variables(0),
-        dark=_variables(1),
         tone=verdict.tone,
         kicker=f"NVFP4 recovery of <b>{escape(results.facts.model)}</b>",
         headline=_headline(verdict),
@@ -38,7 +36,7 @@ def render_page(results: RunResults, pictures: Sequence[Picture]) -> str:
         verify=_verification(results),
         warnings="\n".join(f'<p class="warning">{escape(warning)}</p>' for warning in warnings(results)),
         table=_table(results),
-        pictures=_sections(pictures),
+        pictures="".join(map(_figure, pictures)),
         facts=_facts(results),
         command=escape(results.facts.command),
         layers=_layer_table(results.layer_errors),
@@ -66,10 +64,6 @@ def _headline(verdict: Verdict) -> str:
     """The sentence, with its number set off."""
     text = escape(verdict.headline)
     return text if verdict.share is None else text.replace(percent(verdict.share), f"<em>{percent(verdict.share)}</em>")
-
-
-def _variables(mode: int) -> str:
-    return " ".join(f"--{name}: {colors[mode]};" for name, colors in PALETTE.items())
 
 
 def _verification(results: RunResults) -> str:
@@ -113,44 +107,27 @@ def _cell(key: str, value: float, text: str) -> str:
     return f'<td data-key="{key}" data-value="{value!r}">{text}</td>'
 
 
-def _sections(pictures: Sequence[Picture]) -> str:
-    sections = (
-        ("What was lost and what came back", "recovery"),
-        ("Inside the run", ("training", "optimizer", "layer")),
-    )
-    parts = []
-    for title, prefix in sections:
-        chosen = [picture for picture in pictures if picture.name.startswith(prefix)]
-        if chosen:
-            parts.append(f'<h2>{title}</h2>\n<div class="pictures">\n{"".join(map(_figure, chosen))}</div>')
-    return "\n".join(parts)
-
-
 def _figure(picture: Picture) -> str:
     kind = ' class="wide"' if picture.wide else ""
-    caption = escape(picture.caption)
-    title = escape(picture.title)
-    svg = picture.svg.replace('role="img"', f'role="img" aria-label="{title}"', 1)
-    return f'<figure{kind}><h3>{title}</h3><div class="scroll">{svg}</div><figcaption>{caption}</figcaption></figure>\n'
+    source = f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
+    image = f'<img alt="{escape(picture.title)}" src="{source}">'
+    return (
+        f'<figure{kind}><div class="scroll">{image}</div><figcaption>{escape(picture.caption)}</figcaption></figure>\n'
+    )
 
 
 def _facts(results: RunResults) -> str:
     facts = results.facts
-    return _definitions(
-        (
-            ("Model", f"{facts.model}, {facts.parameters:,} parameters"),
-            ("Data", facts.data),
-            ("Recipe", facts.recipe),
-            ("Layout", facts.layout),
-            ("Training", f"{facts.steps:,} steps, {facts.tokens:,} tokens"),
-            ("Wall time", duration(facts.seconds)),
-            ("Versions", ", ".join(f"{name}{NBSP}{version}" for name, version in facts.versions.items())),
-        )
-    )
-
-
-def _definitions(pairs: Iterable[tuple[str, str]]) -> str:
-    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>\n" for name, value in pairs if value)
+    pairs = {
+        "Model": f"{facts.model}, {facts.parameters:,} parameters",
+        "Data": facts.data,
+        "Recipe": facts.recipe,
+        "Layout": facts.layout,
+        "Training": f"{facts.steps:,} steps, {facts.tokens:,} tokens",
+        "Wall time": duration(facts.seconds),
+        "Versions": ", ".join(f"{name}{NBSP}{version}" for name, version in facts.versions.items()),
+    }
+    rows = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>\n" for name, value in pairs.items() if value)
     return f"<dl>\n{rows}</dl>"
 
 

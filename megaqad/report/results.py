@@ -42,14 +42,11 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class StepRow:
-    """One optimizer step of `metrics.jsonl`. `loss` is KL for QAD, cross entropy for QAT; `seconds` for this step."""
+    """What the report uses of a row of `metrics.jsonl`. `loss` is KL for QAD, cross entropy for QAT."""
 
     step: int
     loss: float
-    lr: float
     grad_norm: float
-    tokens: int
-    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)

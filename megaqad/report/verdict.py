@@ -15,6 +15,9 @@ MINUS = "\N{MINUS SIGN}"
 SMALLEST_GAP = 1e-7
 """KL below this is rounding of FP32 logits, not a loss that could be recovered."""
 
+LABEL = {"bf16": "BF16", "ptq": "PTQ", "qat": "QAT", "qad": "QAD"}
+"""How each column is called."""
+
 Tone = Literal["good", "neutral", "bad"]
 
 

@@ -1,14 +1,14 @@
 """Write the report: pictures and numbers first, the page last, each complete or not there at all."""
 
-import os
 from pathlib import Path
 
 from rich.table import Table
 
 from megaqad.report.page import render_page
-from megaqad.report.pictures import LABEL, draw_pictures
+from megaqad.report.pictures import draw_pictures
 from megaqad.report.results import RunResults, recovery_json
-from megaqad.report.verdict import entropy, nats, percent, recovered_text
+from megaqad.report.verdict import LABEL, entropy, nats, percent, recovered_text
+from megaqad.runtime.files import write_bytes_whole, write_text_whole
 
 
 def write_report(results: RunResults, report_dir: Path) -> None:
@@ -20,9 +20,9 @@ def write_report(results: RunResults, report_dir: Path) -> None:
     page = render_page(results, pictures)
     report_dir.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
-        _replace(report_dir / f"{picture.name}.png", picture.png)
-    _replace(report_dir / "recovery.json", recovery_json(results).encode())
-    _replace(report_dir / "index.html", page.encode())
+        write_bytes_whole(report_dir / f"{picture.name}.png", picture.png)
+    write_text_whole(report_dir / "recovery.json", recovery_json(results))
+    write_text_whole(report_dir / "index.html", page)
 
 
 def recovery_table(results: RunResults) -> Table:
@@ -42,9 +42,3 @@ def recovery_table(results: RunResults) -> Table:
             style="bold" if name == "qad" else None,
         )
     return table
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)

@@ -12,6 +12,7 @@ thirty lines and gives the digest of the bytes in the same pass.
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -143,20 +144,15 @@ def digest_of(path: Path, *, from_disk: bool = False) -> FileDigest:
     Raises:
         OSError: as from ``open`` and ``read``.
     """
-    digest = hashlib.sha256()
-    size = 0
     with path.open("rb") as file:
         if from_disk and sys.platform == "linux":
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-            size += len(block)
-    return FileDigest(size, digest.hexdigest())
+        digest = hashlib.file_digest(file, "sha256")
+        return FileDigest(file.tell(), digest.hexdigest())
 
 
 def free_bytes(directory: Path) -> int:
     """Bytes that this user may still write on the file system of ``directory`` (or of its nearest parent)."""
     while not directory.exists():
         directory = directory.parent
-    status = os.statvfs(directory)
-    return status.f_bavail * status.f_frsize
+    return shutil.disk_usage(directory).free

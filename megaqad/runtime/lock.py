@@ -1,17 +1,17 @@
-"""One run at a time in one directory.
+"""One run at a time in one directory: a ``FileLock`` on a file in it, which also says who holds it.
 
-An advisory lock of the operating system (``flock``) on a file in the directory. The kernel drops it when the process
-that holds it ends, however it ends, so a crashed run leaves nothing to clean up; what the file says about its holder is
-only for the message. A run that was just killed may take a moment to be gone: the lock is waited for that long.
+The kernel drops the lock when the process that holds it ends, however it ends, so a crashed run leaves nothing to clean
+up; what the file says about its holder is only for the message. A run that was just killed may take a moment to be
+gone: the lock is waited for that long. File locks that live on in a file where the kernel has none would keep a crashed
+run's directory shut, so there nothing is locked.
 """
 
 import errno
-import fcntl
-import json
 import os
 import socket
-import time
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from megaqad.errors import UserError
 
@@ -35,39 +35,26 @@ class DirectoryLock:
         """
         self.supported = True
         """False where the file system knows no locks: nothing is locked then."""
-        self._file = (directory / FILE).open("a+", encoding="utf-8")
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not self._try():
-            if time.monotonic() > deadline:
-                other = self._holder()
-                self._file.close()
-                raise UserError(
-                    f"output_dir={directory} is in use by {other}: wait until that run has ended or give another"
-                )
-            time.sleep(0.1)
-        self._file.truncate(0)
-        self._file.write(json.dumps({"holder": holder, "pid": os.getpid(), "host": socket.gethostname()}))
-        self._file.flush()
+        path = directory / FILE
+        note = f"`megaqad {holder}` (process {os.getpid()} on {socket.gethostname()})"
 
-    def _try(self) -> bool:
+        def sign(descriptor: int) -> None:
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, note.encode(), 0)
+
+        self._lock = FileLock(path, thread_local=False, fallback_to_soft=False, on_acquired=sign)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+            self._lock.acquire(timeout=PATIENCE_SECONDS)
+        except Timeout:
+            other = path.read_text(encoding="utf-8") or "another run"
+            raise UserError(
+                f"output_dir={directory} is in use by {other}: wait until that run has ended or give another"
+            ) from None
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
             self.supported = False
-        return True
-
-    def _holder(self) -> str:
-        self._file.seek(0)
-        try:
-            content = json.loads(self._file.read())
-            return f"`megaqad {content['holder']}` (process {content['pid']} on {content['host']})"
-        except (ValueError, KeyError, TypeError):
-            return "another run"
 
     def release(self) -> None:
         """Let the next one in. Releasing twice does no harm."""
-        self._file.close()
+        self._lock.release()

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from megaqad.bench import nvfp4
-from megaqad.bench.nvfp4 import bench_nvfp4
+from benchmarks import nvfp4
+from benchmarks.nvfp4 import bench_nvfp4
 from megaqad.nvfp4 import NVFP4Tensor
-from tests.nvfp4.implementations import NATIVE, WITHOUT_COMPILER
+from tests.nvfp4.implementations import WITHOUT_COMPILER
 
 
 def test_measurements_are_consistent():
@@ -43,13 +43,13 @@ def test_measurements_are_consistent():
     assert given["gigabytes_per_second"] * given["seconds"] * 1e9 == pytest.approx(2 * 64 * 64 * 2)
 
 
-@pytest.mark.parametrize(("impl", "times"), [("torch", 3), pytest.param("native", 10, marks=NATIVE.marks)])
-def test_the_fast_paths_are_fast(impl, times):
+def test_the_fast_paths_are_fast():
     """A third or less of what an idle machine shows, by the fastest of several runs, since a busy one must do."""
     rows = list(bench_nvfp4(shapes=((1024, 1024),), device="cpu", repeats=7))
     best = {r["impl"]: r["seconds_min"] for r in rows if (r["operation"], r["amax"]) == ("fake_quantize", "own")}
-    assert best["reference"] / best[impl] > times
-    assert best["modelopt"] / best[impl] > times
+    for impl, times in {"torch": 3, "native": 10}.items():
+        if impl in best:
+            assert min(best["reference"], best["modelopt"]) / best[impl] > times, best
 
 
 def test_differing_results_are_not_timed(monkeypatch):
@@ -66,6 +66,6 @@ def test_differing_results_are_not_timed(monkeypatch):
 
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="repeats must be at least 1, not 0"):
-        next(bench_nvfp4(repeats=0))
+        next(bench_nvfp4(shapes=((4, 32),), device="cpu", repeats=0))
     with pytest.raises(ValueError, match="divisible by 16"):
         next(bench_nvfp4(shapes=((4, 24),), device="cpu", repeats=1))

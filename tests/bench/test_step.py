@@ -2,8 +2,13 @@
 
 import json
 import math
+import sys
 
-from megaqad.bench.step import PARTS
+import pytest
+
+from benchmarks.step import PARTS
+from megaqad.commands import bench as command
+from megaqad.errors import UserError
 from tests.models.checkpoints import make_checkpoint
 
 SMALL = [
@@ -18,22 +23,17 @@ SMALL = [
 
 
 def bench(rank, world_size, arguments):
-    """The rows that this rank prints."""
-    from megaqad.commands import bench as command
+    """The rows of this rank."""
+    from benchmarks.step import rows
     from megaqad.config import check_settings, load_settings
     from megaqad.runtime.ranks import shutdown_parallel
 
-    command.REPEATS = 2
     settings = load_settings(["experiment=demo", *arguments])
     check_settings("bench step", settings)
-    rows: list = []
-    command.print = lambda line, **_: rows.append(json.loads(line))
     try:
-        command.bench_step(settings)
+        return json.loads(json.dumps(list(rows(settings, repeats=2))))
     finally:
-        del command.print
         shutdown_parallel()
-    return rows
 
 
 def test_rows_add_up(run_ranks, tmp_path):
@@ -53,3 +53,10 @@ def test_rows_add_up(run_ranks, tmp_path):
     for part in PARTS:
         assert by_part[part]["over_floor"] <= by_part[part]["over_plain_step"]
     assert not (tmp_path / "run").exists(), "a measurement leaves nothing behind"
+
+
+def test_an_installation_without_the_benchmarks_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "benchmarks", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.nvfp4", raising=False)
+    with pytest.raises(UserError, match="bench nvfp4 needs the directory benchmarks/ of the source tree"):
+        command.bench_nvfp4()

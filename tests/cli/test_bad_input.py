@@ -47,9 +47,10 @@ def refusal(capsys, arguments):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["parallel.tensor=3"], ["parallel.tensor=3", "num_key_value_heads=2", "choose one of 1, 2"]),
-        (["parallel.pipeline=3"], ["parallel.pipeline=3", "4 layers", "choose one of 1, 2, 4"]),
-        (["parallel.pipeline=2", "parallel.virtual_pipeline=3"], ["virtual_pipeline=3", "choose one of 1, 2"]),
+        (["parallel.tensor=3"], ["parallel.tensor=3", "hidden_size=64", "choose a divisor"]),
+        (["parallel.tensor=8"], ["parallel.tensor=8", "4 attention heads", "choose one of 1, 2, 4"]),
+        (["parallel.pipeline=5"], ["parallel.pipeline=5", "4 layers", "choose fewer stages"]),
+        (["parallel.pipeline=2", "parallel.virtual_pipeline=3"], ["virtual_pipeline=3", "choose fewer stages"]),
         (["parallel.virtual_pipeline=2"], ["virtual_pipeline=2", "parallel.pipeline=2 or more"]),
         (
             ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.micro_batch_size=4"],
@@ -116,8 +117,8 @@ def test_settings_are_refused(capsys, model, tmp_path, overrides, said):
     [
         ({"vocab_size": 516}, [], ["vocab_size=516", "the student 515"]),
         ({"hidden_size": 96}, ["distill.hidden.weight=1"], ["has 96 and the student 64", "use cka"]),
-        ({"num_hidden_layers": 6}, ["parallel.pipeline=4"], ["does not divide 6 layers"]),
-        ({"num_key_value_heads": 1}, ["parallel.tensor=2"], ["num_key_value_heads=1"]),
+        ({"num_hidden_layers": 2}, ["parallel.pipeline=4"], ["parallel.pipeline=4", "2 layers"]),
+        ({"intermediate_size": 81}, ["parallel.tensor=2"], ["parallel.tensor=2", "81"]),
     ],
 )
 def test_teachers_are_refused(capsys, model, tmp_path, changes, overrides, said):
@@ -148,7 +149,6 @@ def test_a_teacher_with_other_tokens_is_refused(capsys, changed, model, tmp_path
         ({"num_hidden_layers": 5}, ["lacks", "model.layers.4"]),
         ({"num_hidden_layers": 3}, ["model.layers.3"]),
         ({"intermediate_size": 90}, ["gate_proj", "[90, 64]"]),
-        ({"quantization_config": {"quant_method": "modelopt"}}, ["already quantized", "modelopt"]),
     ],
 )
 def test_models_are_refused(capsys, changed, tmp_path, settings, said):

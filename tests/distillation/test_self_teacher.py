@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from megaqad.bench.memory import peak_memory
+from benchmarks.measure import peak_memory
 from megaqad.commands.session import Session
 from megaqad.commands.teaching import teacher_of
 from megaqad.config import check_settings, load_settings

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megaqad.bench.kl import bench_kl
-from megaqad.bench.nvfp4 import bench_nvfp4
+from benchmarks.kl import bench_kl
+from benchmarks.nvfp4 import bench_nvfp4
 from megaqad.losses import vocab_parallel_kl
 from megaqad.nvfp4 import dequantize, fake_quantize, fake_quantize_packed, quantize, row_amax, tensor_amax
 from tests.nvfp4 import data

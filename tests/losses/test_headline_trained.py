@@ -3,9 +3,9 @@
 import pytest
 from torch import Tensor
 
-from megaqad.bench import kl
-from megaqad.bench.kl_contestants import Problem
-from megaqad.bench.trained import trained_problem
+from benchmarks import kl
+from benchmarks.contestants import Problem
+from benchmarks.trained import trained_problem
 
 
 def ends(rank: int, world_size: int, include: list[str]) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from megaqad.bench.memory import peak_memory
+from benchmarks.measure import peak_memory
 from megaqad.losses import compare_heads, inputs, linear_kl, vocab_parallel_kl
 from tests.losses.implementations import NATIVE
 from tests.losses.oracle import logit_pair

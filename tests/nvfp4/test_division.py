@@ -18,7 +18,7 @@ EXACTLY_AS_WRITTEN = ("-O3", "-march=native", "-ffp-contract=off", "-pthread")
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-@pytest.mark.parametrize("bits", [8, 11])
+@pytest.mark.parametrize("bits", [8, pytest.param(11, marks=pytest.mark.slow)])
 def test_every_quotient_of_a_short_dividend(bits: int, tmp_path: Path) -> None:
     """BF16 has 8 significant bits, FP16 11: all of them, under all divisors and estimates of their reciprocals."""
     assert COMPILER is not None

@@ -5,15 +5,12 @@ import math
 from megaqad.report import Column, Curve, LayerError, RunFacts, RunResults, StepRow, ValidationRow, Verification
 
 
-def curve(start: float, end: float, steps: int = 300, lr: float = 1e-4, entropy: float = 1.32) -> Curve:
+def curve(start: float, end: float, steps: int = 300, entropy: float = 1.32) -> Curve:
     rows = tuple(
         StepRow(
             step=step,
             loss=end + (start - end) * math.exp(-step / 60) + 0.04 * start * math.sin(12.9898 * step * step),
-            lr=lr * 0.5 * (1 + math.cos(math.pi * step / steps)),
             grad_norm=0.05 + 0.1 * math.exp(-step / 30) + 0.01 * math.sin(78.233 * step),
-            tokens=4096,
-            seconds=0.4,
         )
         for step in range(1, steps + 1)
     )

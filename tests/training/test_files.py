@@ -1,5 +1,7 @@
 """Whole files, their digests, the manifest, the lock."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -154,6 +156,20 @@ def test_the_lock_names_its_holder_and_dies_with_it(tmp_path, monkeypatch):
     lock = DirectoryLock(tmp_path, "recover")
     lock.release()
     DirectoryLock(tmp_path, "recover").release()
+
+
+def test_a_file_system_without_locks_is_told_apart_from_a_broken_one(tmp_path, monkeypatch):
+    def flock_that_answers(code):
+        def flock(*_):
+            raise OSError(code, os.strerror(code))
+
+        return flock
+
+    monkeypatch.setattr(fcntl, "flock", flock_that_answers(errno.ENOSYS))
+    assert not DirectoryLock(tmp_path, "distill").supported
+    monkeypatch.setattr(fcntl, "flock", flock_that_answers(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        DirectoryLock(tmp_path, "distill")
 
 
 @pytest.mark.parametrize(

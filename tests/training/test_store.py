@@ -25,7 +25,7 @@ def cut(whole, key, grid, runs):
         bounds = [flat.numel() * run // runs for run in range(runs + 1)]
         for start, stop in itertools.pairwise(bounds):
             piece = Piece(key, tuple(whole.shape), Box(offset, tuple(sizes)), start, stop)
-            pieces.append(LocalPiece(piece, flat[start:stop], owned=True, padded=False))
+            pieces.append(LocalPiece(piece, flat[start:stop], owned=True))
     return pieces
 
 
@@ -57,10 +57,8 @@ def test_any_cut_reads_any_other(tmp_path_factory, written_grid, read_grid, runs
 
 
 def test_scalars_and_leading_axes(tmp_path):
-    scalar = LocalPiece(Piece("amax", (), Box((), ()), 0, 1), torch.tensor([3.5]), owned=True, padded=False)
-    layer = LocalPiece(
-        Piece("layers", (4, 2, 3), Box((2, 0, 0), (1, 2, 3)), 0, 6), torch.arange(6.0), owned=True, padded=False
-    )
+    scalar = LocalPiece(Piece("amax", (), Box((), ()), 0, 1), torch.tensor([3.5]), owned=True)
+    layer = LocalPiece(Piece("layers", (4, 2, 3), Box((2, 0, 0), (1, 2, 3)), 0, 6), torch.arange(6.0), owned=True)
     reader = written(tmp_path, [scalar, layer], ranks=1)
     assert reader.read(scalar.piece).item() == 3.5
     assert torch.equal(reader.read(layer.piece), layer.data)
@@ -69,24 +67,15 @@ def test_scalars_and_leading_axes(tmp_path):
 
 def test_only_owners_write(tmp_path):
     whole = torch.arange(8.0)
-    replica = [LocalPiece(local.piece, local.data, owned=False, padded=False) for local in cut(whole, "w", (1,), 1)]
+    replica = [LocalPiece(local.piece, local.data, owned=False) for local in cut(whole, "w", (1,), 1)]
     reader = written(tmp_path, replica, ranks=1)
     assert reader.names() == set()
 
 
-@pytest.mark.parametrize(("saved_rows", "wanted_rows"), [(258, 260), (260, 258), (257, 264)])
-def test_a_vocabulary_padded_otherwise(tmp_path, saved_rows, wanted_rows):
-    """Rows both have are copied, further ones are zero; they belong to no token."""
-    saved = torch.randn(saved_rows, 4)
-    reader = written(tmp_path, cut(saved, "head", (1, 1), 2), ranks=2)
-    half = wanted_rows // 2
-    wanted = Piece("head", (wanted_rows, 4), Box((half, 0), (half, 4)), 0, half * 4)
-    with pytest.raises(UserError, match=rf"head has shape \[{saved_rows}, 4\] in the checkpoint"):
-        reader.read(wanted)
-    found = reader.read(wanted, padded=True).reshape(half, 4)
-    common = min(saved_rows, wanted_rows) - half
-    assert torch.equal(found[:common], saved[half : half + common])
-    assert not found[common:].any()
+def test_a_tensor_of_another_shape_is_refused(tmp_path):
+    reader = written(tmp_path, cut(torch.randn(258, 4), "head", (1, 1), 2), ranks=2)
+    with pytest.raises(UserError, match=r"head has shape \[258, 4\] in the checkpoint and \[260, 4\] here"):
+        reader.read(Piece("head", (260, 4), Box((130, 0), (130, 4)), 0, 520))
 
 
 def test_what_is_not_there(tmp_path):

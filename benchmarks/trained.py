@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from megaqad.bench import kl
-from megaqad.bench.kl_contestants import Problem, import_modelopt
 from megaqad.commands.session import Session
 from megaqad.config import load_settings
 from megaqad.distillation.forward import forward_hidden
 from megaqad.runtime.ranks import shutdown_parallel
+
+from . import kl
+from .contestants import Problem
 
 RECIPES = {"o_proj": ["*.o_proj"], "all layers": ["*"]}
 TOKENS = 512
@@ -27,9 +28,9 @@ TEXT = argparse.__file__
 def bench_trained() -> Iterator[dict[str, Any]]:
     """Rows like those of ``operation="errors"`` of ``kl.bench_kl``, with what was quantized under ``quantized``.
 
-    Joins a process group of this rank alone, and on CPU leaves Megatron-Core's device layer on: take times before.
+    Joins a process group of this rank alone, and on CPU leaves Megatron-Core's device layer on: import ModelOpt and
+    take times before.
     """
-    import_modelopt()  # it cannot be imported once the device layer is on
     for name, include in RECIPES.items():
         for row in kl.errors(trained_problem(include)):
             yield {"bench": "kl", "dtype": "bfloat16", "quantized": name} | row

@@ -1,4 +1,4 @@
-"""Train the demo's tokenizer: `python -m megaqad.data.train_tokenizer output_dir=<folder>`.
+"""Train the demo's tokenizer: `python examples/train_tokenizer.py <folder>`.
 
 Byte-level BPE with 2,048 entries on the training side of the standard library's source. Byte level means that all 256
 bytes are entries, so every text can be encoded and comes back unchanged, without an unknown token. 2,048 is small
@@ -16,7 +16,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from megaqad.data.settings import DataSettings
 from megaqad.data.sources import split_files
-from megaqad.errors import EXIT_USER_ERROR, UserError
 
 VOCABULARY = 2048
 END_OF_TEXT = "<|endoftext|>"
@@ -62,20 +61,5 @@ def train_tokenizer(output_dir: Path) -> Tokenizer:
     return tokenizer
 
 
-def main(arguments: list[str]) -> int:
-    """Read `output_dir=<folder>`, train, and print the vocabulary's size."""
-    if len(arguments) != 1 or not arguments[0].startswith("output_dir="):
-        print("usage: python -m megaqad.data.train_tokenizer output_dir=<folder>", file=sys.stderr)
-        return EXIT_USER_ERROR
-    output_dir = Path(arguments[0].removeprefix("output_dir="))
-    try:
-        tokenizer = train_tokenizer(output_dir)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return EXIT_USER_ERROR
-    print(f"{tokenizer.get_vocab_size()} entries written to {output_dir / 'tokenizer.json'}")
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    print(train_tokenizer(Path(sys.argv[1])).get_vocab_size(), "entries")

@@ -1,14 +1,12 @@
 """How fast the NVFP4 implementations are, beside the plain reference, ModelOpt and a copy of the same bytes.
 
-Contestants take turns: every round runs each once, so that a machine that slows down or speeds up does so for all, and
-the medians over the rounds are comparable. Before anything is timed, all contestants must agree in every bit.
+Before anything is timed, all contestants must agree in every bit.
 
 ``of_copy`` is the bandwidth in bytes that the operation must read and write, as a fraction of that of copying a tensor
 in the same rounds. An operation that finds its own amax is counted as reading its input twice.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +26,8 @@ from megaqad.nvfp4 import (
     row_amax,
     tensor_amax,
 )
+
+from .measure import default_device, in_turns, machine, seconds_of
 
 _CALLS_PER_ROUND_ON_CUDA = 20  # one launch is too short for an event pair
 _FILLS_ON_CUDA, _FILLED_BYTES = 16, 1 << 30  # a few milliseconds, and no input is left in the cache
@@ -65,16 +65,15 @@ def bench_nvfp4(
 
     Yields:
         ``operation``, ``amax`` (``own``, ``rows``, ``given`` or ``none``), ``impl``, ``shape``, ``dtype``, ``device``,
-        ``threads``, ``repeats``, ``seconds`` (median), ``seconds_min``, ``gigabytes_per_second``, and the ratios
-        ``speedup_over_reference``, ``speedup_over_modelopt`` (null where ModelOpt has no such operation), ``of_copy``.
+        ``threads``, ``allocator``, ``repeats``, ``seconds`` (median), ``seconds_min``, ``gigabytes_per_second``,
+        and the ratios ``speedup_over_reference``, ``speedup_over_modelopt`` (null where ModelOpt has no such one),
+        ``of_copy``.
 
     Raises:
         ValueError: ``repeats`` is below 1, or as ``quantize`` for the shapes and the dtype.
         AssertionError: two contestants differ in a bit.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, not {repeats}")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(device or default_device())
     generator = torch.Generator().manual_seed(seed)
     for shape in shapes or _SHAPES[where.type]:
         x = (torch.randn(shape, generator=generator) * 0.02).to(where, dtype)
@@ -165,10 +164,8 @@ def _tensors(output: object) -> list[Tensor]:
 def _measure(operation: _Operation, x: Tensor, repeats: int) -> Iterator[dict[str, Any]]:
     target = torch.empty_like(x)
     contestants: Contestants = {"copy": lambda: target.copy_(x), **operation.contestants}
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(repeats):
-        for name, run in contestants.items():
-            seconds[name].append(_seconds(run, x.device))
+    timed = {name: partial(_seconds, run, x.device) for name, run in contestants.items()}
+    seconds = in_turns(timed, repeats)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     copy_bandwidth = 2 * x.nbytes / medians["copy"]
     for name in operation.contestants:
@@ -181,8 +178,7 @@ def _measure(operation: _Operation, x: Tensor, repeats: int) -> Iterator[dict[st
             "impl": name,
             "shape": list(x.shape),
             "dtype": str(x.dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name(x.device) if x.is_cuda else "cpu",
-            "threads": torch.get_num_threads(),
+            **machine(x.device),
             "repeats": repeats,
             "seconds": medians[name],
             "seconds_min": min(seconds[name]),
@@ -196,9 +192,7 @@ def _measure(operation: _Operation, x: Tensor, repeats: int) -> Iterator[dict[st
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
     """Wall-clock seconds of one call; on CUDA the device's, of one of many calls launched together."""
     if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
+        return seconds_of(run, device)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     run()
     for _ in range(_FILLS_ON_CUDA):  # busy while the calls are launched: what is timed is the device, not the launches

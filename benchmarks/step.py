@@ -17,18 +17,59 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from megaqad.bench.memory import peak_memory
-from megaqad.distillation.step import Batch, DistillationStep, StepResult
+from megaqad.commands.session import Session
+from megaqad.config import Settings
+from megaqad.data import Batch
+from megaqad.distillation.step import DistillationStep, Objective, StepResult
+from megaqad.distillation.teachers import LiveTeacher
 from megaqad.models.causal_lm import CausalLM
+from megaqad.models.load import load_weights
+from megaqad.models.model import Model
+from megaqad.training.optimizer import build_optimizer, wrap_for_training
+
+from .measure import peak_memory, wait
 
 PARTS = ("teacher forward", "student forward", "loss", "backward", "weight quantization", "optimizer and the rest")
+
+
+def rows(settings: Settings, repeats: int = 7) -> Iterator[dict[str, Any]]:
+    """Of ``megaqad bench step``, on the main rank; the other ranks' are empty."""
+    session = Session.start(settings)
+    plain_model = session.random_model()
+    load_weights(plain_model, settings.model_dir)
+    student = session.calibrated_student()
+    plain = _timed_step(session, plain_model, Objective.QAT)
+    distilled = _timed_step(session, student, Objective.QAD)
+    layout = {"world_size": session.ranks.world_size, "dtype": settings.runtime.dtype}
+    measured = bench_step(plain, distilled, _one_batch(session), repeats=repeats)
+    yield from (row | layout for row in measured if session.ranks.is_main)
+
+
+def _timed_step(session: Session, model: Model, objective: Objective) -> "TimedStep":
+    student = wrap_for_training(model)
+    # A learning rate of 0 keeps both models where they are, so that every round times the same work.
+    optimizer, scheduler = build_optimizer(student, replace(session.settings.train, lr=0.0, min_lr=0.0), session.dtype)
+    teacher = LiveTeacher(session.teacher) if objective is Objective.QAD else None
+    return TimedStep(model, student, optimizer, scheduler, objective=objective, teacher=teacher)
+
+
+def _one_batch(session: Session) -> list[Batch]:
+    train, ranks = session.settings.train, session.ranks
+    batches = session.data.train.micro_batches(
+        0,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        data_rank=ranks.data_rank,
+        data_size=ranks.data_size,
+    )
+    return [batch.to(ranks.device) for batch in batches]
 
 
 class TimedStep(DistillationStep):
@@ -41,15 +82,11 @@ class TimedStep(DistillationStep):
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
-        self._wait()
+        wait(self.ranks.device)
         started = time.perf_counter()
         yield
-        self._wait()
+        wait(self.ranks.device)
         self._running[part] += time.perf_counter() - started
-
-    def _wait(self) -> None:
-        if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def __call__(self, micro_batches: Sequence[Batch]) -> StepResult:
         self._running.clear()
