@@ -24,7 +24,6 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from megaqad.commands.session import Session
 from megaqad.config import Settings
 from megaqad.data import Batch
 from megaqad.distillation.step import DistillationStep, Objective, StepResult
@@ -32,6 +31,7 @@ from megaqad.distillation.teachers import LiveTeacher
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.load import load_weights
 from megaqad.models.model import Model
+from megaqad.recovery.session import Session
 from megaqad.training.optimizer import build_optimizer, wrap_for_training
 
 from .measure import peak_memory, wait

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from megaqad.commands.session import Session
 from megaqad.config import load_settings
 from megaqad.distillation.forward import forward_hidden
+from megaqad.recovery.session import Session
 from megaqad.runtime.ranks import shutdown_parallel
 
 from . import kl

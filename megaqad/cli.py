@@ -127,7 +127,7 @@ def _run(name: str, overrides: list[str]) -> int:
     settings = config.load_settings([*command.presets, *overrides])
     architecture = config.check_settings(name, settings)
     if command.writes_run:
-        identity.check_output_dir(name, settings)
+        identity.check_output_dir(settings, identity.identity_of(name, settings, contents=False))
     if command.reads_student:
         identity.check_student(settings)
     _quiet_imports()

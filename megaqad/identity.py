@@ -29,16 +29,26 @@ NOT_READ_WITH_A_STUDENT = ("quantization.calibration_samples", "quantization.bac
 """Of a recipe: what may differ when a student is read. Backends compute one function, and only one runs anywhere."""
 CONTENT_KEYS = {"model": "model", "tokenizer": "tokenizer", "data.tokens": "set of training tokens"}
 """Facts that are digests: what differs is said in words."""
+UNREAD = "unread"
+"""In place of a digest that nobody has computed yet: it differs from nothing."""
 WHOLE_FILE_BYTES = 64 * 1024 * 1024
 """Weight files up to this size are read whole for the fingerprint."""
 SAMPLES, SAMPLE_BYTES = 128, 64 * 1024
 """Of larger files: blocks evenly spread, which every training step changes, and the header."""
 
 
-def identity_of(command: str, settings: Settings) -> dict[str, Any]:
-    """What may not change between commands in one directory, flat, by setting."""
+def identity_of(command: str, settings: Settings, *, contents: bool = True) -> dict[str, Any]:
+    """What may not change between commands in one directory, flat, by setting.
+
+    Args:
+        contents: read the models too, seconds for a large one; without, their digests are ``UNREAD``.
+    """
+
+    def model_digest(directory: Path) -> str:
+        return model_fingerprint(directory) if contents else UNREAD
+
     parts: dict[str, Any] = {
-        "model": model_fingerprint(settings.model_dir),
+        "model": model_digest(settings.model_dir),
         "tokenizer": tokenizer_digest(settings.model_dir),
         "data": asdict(settings.data),
         "quantization": asdict(settings.quantization),
@@ -52,7 +62,7 @@ def identity_of(command: str, settings: Settings) -> dict[str, Any]:
         if distill["teacher"] == "cached":
             distill["teacher"] = "model"
         if settings.distill.teacher not in TEACHERS:
-            distill["teacher"] = model_fingerprint(settings.teacher_dir)
+            distill["teacher"] = model_digest(settings.teacher_dir)
         parts |= {"train": train, "distill": distill, "kind": _kind(command)}
     flat: dict[str, Any] = {}
     for key, value in parts.items():
@@ -115,7 +125,7 @@ def check_same_run(recorded: Mapping[str, Any], wanted: Mapping[str, Any], allow
         known = ", ".join(sorted(groups))
         raise UserError(f"resume.allow names {unknown[0]}, which is no part of a run: it knows {known}")
     for key, value in wanted.items():
-        if key not in recorded or recorded[key] == value or key in allow or key.split(".")[0] in allow:
+        if key not in recorded or value in (recorded[key], UNREAD) or key in allow or key.split(".")[0] in allow:
             continue
         difference = (
             f"another {CONTENT_KEYS[key]} (its content differs)"
@@ -128,11 +138,8 @@ def check_same_run(recorded: Mapping[str, Any], wanted: Mapping[str, Any], allow
         )
 
 
-def check_output_dir(command: str, settings: Settings, tokens: str | None = None) -> None:
-    """Refuse an ``output_dir`` that holds something else than this run.
-
-    Args:
-        tokens: digest of the training tokens, where they are known already.
+def check_output_dir(settings: Settings, identity: Mapping[str, Any]) -> None:
+    """Refuse an ``output_dir`` that holds something else than the run of this identity.
 
     Raises:
         UserError: a file in its place, a non-empty directory that is no run, or a run with other settings; the first
@@ -146,8 +153,7 @@ def check_output_dir(command: str, settings: Settings, tokens: str | None = None
     recorded = _read(run_dir)
     if recorded is None:
         raise UserError(f"output_dir={run_dir} is not empty and holds no {FILE}: give a new or empty directory")
-    wanted = identity_of(command, settings) | ({"data.tokens": tokens} if tokens is not None else {})
-    check_same_run(recorded, wanted, settings.resume.allow, f"output_dir={run_dir}")
+    check_same_run(recorded, identity, settings.resume.allow, f"output_dir={run_dir}")
 
 
 def check_student(settings: Settings) -> None:
@@ -169,11 +175,11 @@ def check_student(settings: Settings) -> None:
     check_same_run(recorded, wanted, settings.resume.allow, f"output_dir={settings.run_dir}")
 
 
-def claim_output_dir(command: str, settings: Settings, tokens: str) -> DirectoryLock:
+def claim_output_dir(command: str, settings: Settings, identity: Mapping[str, Any]) -> DirectoryLock:
     """Take the directory for this run and record it there; call on the main rank, before anything is written.
 
     Args:
-        tokens: digest of the training tokens: text may have changed under its name.
+        identity: with ``data.tokens``, a digest of the training tokens: text may have changed under its name.
 
     Returns:
         The lock, held until it is released or the process ends.
@@ -185,8 +191,8 @@ def claim_output_dir(command: str, settings: Settings, tokens: str) -> Directory
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = DirectoryLock(run_dir, command)
-        check_output_dir(command, settings, tokens)
-        record = (_read(run_dir) or {}) | identity_of(command, settings) | {"data.tokens": tokens}
+        check_output_dir(settings, identity)
+        record = {**(_read(run_dir) or {}), **identity}
         write_text_whole(run_dir / FILE, json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"output_dir={run_dir} cannot be written ({error.strerror}): give another") from error

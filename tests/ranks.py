@@ -30,7 +30,7 @@ CONNECT_SECONDS = 90
 """The first group of a session waits for the server to import everything."""
 IMPORTED_ONCE = (
     "modelopt.torch.distill.plugins.megatron",  # it cannot be imported once the CPU device layer is on
-    "megaqad.commands.students",
+    "megaqad.recovery.students",
     "megaqad.export.verify",
     "transformers.models.auto.modeling_auto",
 )

@@ -9,14 +9,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 
-from megaqad.commands.session import Session
-from megaqad.commands.students import fingerprint
 from megaqad.config import Settings
 from megaqad.distillation.step import DistillationStep, Objective
 from megaqad.distillation.teachers import LiveTeacher
 from megaqad.evaluation import Evaluator
 from megaqad.models.model import Model
 from megaqad.models.write import save_pretrained
+from megaqad.recovery.session import Session
 from megaqad.training.freezing import balance_experts, freeze
 from megaqad.training.optimizer import build_optimizer, wrap_for_training
 from megaqad.training.run import TrainingRun
@@ -51,7 +50,7 @@ def pretrain(settings: Settings) -> None:
         model=model,
         step=DistillationStep(model, student, optimizer, scheduler, objective=Objective.QAT),
         data=session.data.train,
-        fingerprint=fingerprint(session, command="pretrain"),
+        fingerprint=session.identity,
         validate=validate,
     ).run()
     _save(session, model)

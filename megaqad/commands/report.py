@@ -10,12 +10,14 @@ from typing import Any
 
 from rich.console import Console
 
+import megaqad
 from megaqad.config import Settings
 from megaqad.errors import UserError
 from megaqad.models.families import describe_model
 from megaqad.quantization.allocation import BF16, GroupKL
 from megaqad.quantization.choice import read_choice
 from megaqad.report import (
+    COLUMNS_FILE,
     Column,
     Curve,
     LayerError,
@@ -27,9 +29,7 @@ from megaqad.report import (
     write_report,
 )
 
-COLUMNS_FILE = "columns.json"
-"""What ``recover`` measured, before it becomes ``recovery.json``."""
-PACKAGES = ("megaqad", "torch", "megatron-core", "transformers", "nvidia-modelopt")
+PACKAGES = ("torch", "megatron-core", "transformers", "nvidia-modelopt")
 
 
 def report(settings: Settings) -> None:
@@ -103,7 +103,8 @@ def _facts(settings: Settings, seconds: float, command: list[str]) -> RunFacts:
         tokens=train.steps * train.global_batch_size * train.sequence_length,
         seconds=seconds,
         command=shlex.join(command),
-        versions={name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        versions={name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"megaqad": megaqad.__version__, "python": platform.python_version()},
         verification=verification,
     )
 

@@ -38,6 +38,15 @@ class Evaluation:
     top1_agreement: float
     tokens: int
 
+    @property
+    def summary(self) -> str:
+        """One line."""
+        return (
+            f"KL to the teacher {self.kl_to_teacher:.5f}, cross entropy {self.cross_entropy:.4f} "
+            f"(teacher {self.teacher_cross_entropy:.4f}), top-1 agreement {self.top1_agreement:.2%}, "
+            f"{self.tokens:,} tokens"
+        )
+
 
 class Evaluator:
     """Measures students against one teacher on one set of held-out tokens."""

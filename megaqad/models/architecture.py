@@ -70,9 +70,9 @@ class Architecture:
     initializer_range: float
     config: Mapping[str, Any]
     """config.json as it was read; exports write it back."""
-    embedding: str = "model.embed_tokens"
+    embedding: str
     """Hugging Face name of the token embedding."""
-    head: str = "lm_head"
+    head: str
     """Hugging Face name of the output head."""
     embedding_multiplier: float = 1.0
     logits_divisor: float = 1.0

@@ -32,7 +32,7 @@ def check_checkpoint(architecture: Architecture, model_dir: Path) -> None:
     missing = [name for name in architecture.tensors if checkpoint.shape(name) is None]
     head = f"{architecture.head}.weight"
     if architecture.tied_embeddings and head in found:
-        _check_redundant_head(found[head], found.get(f"{architecture.embedding}.weight"), model_dir)
+        _check_redundant_head(head, found[head], found.get(f"{architecture.embedding}.weight"), model_dir)
     if missing:
         hint = "; set tie_word_embeddings=true if the head shares the embedding" if missing == [head] else ""
         raise UserError(f"{model_dir} lacks {_some(missing)}; complete the checkpoint or correct config.json{hint}")
@@ -87,8 +87,8 @@ def _check_tensor(architecture: Architecture, checkpoint: Checkpoint, name: str,
         )
 
 
-def _check_redundant_head(head: TensorEntry, embedding: TensorEntry | None, model_dir: Path) -> None:
-    """A tied checkpoint may repeat the embedding as lm_head.weight; another head would be dropped silently."""
+def _check_redundant_head(name: str, head: TensorEntry, embedding: TensorEntry | None, model_dir: Path) -> None:
+    """A tied checkpoint may repeat the embedding as its head; another head would be dropped silently."""
     same = embedding is not None and (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
     if same and embedding is not None:
         with head.file.open("rb") as left, embedding.file.open("rb") as right:
@@ -101,7 +101,7 @@ def _check_redundant_head(head: TensorEntry, embedding: TensorEntry | None, mode
                 remaining -= size
     if not same:
         raise UserError(
-            f"{model_dir}: config.json ties the head to the embedding but lm_head.weight differs from it; "
+            f"{model_dir}: config.json ties the head to the embedding but {name} differs from it; "
             "set tie_word_embeddings=false to use the stored head"
         )
 

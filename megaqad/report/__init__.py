@@ -2,6 +2,7 @@
 
 from megaqad.report.pictures import draw_sensitivity
 from megaqad.report.results import (
+    COLUMNS_FILE,
     Column,
     Curve,
     LayerError,
@@ -16,6 +17,7 @@ from megaqad.report.results import (
 from megaqad.report.write import recovery_table, write_report
 
 __all__ = [
+    "COLUMNS_FILE",
     "Column",
     "Curve",
     "LayerError",

@@ -20,6 +20,9 @@ from typing import Any
 from megaqad.errors import UserError
 from megaqad.quantization.allocation import GroupKL
 
+COLUMNS_FILE = "columns.json"
+"""What ``recover`` measured, before it becomes ``recovery.json``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Column:

@@ -5,14 +5,14 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from megaqad.commands.export import write_export
-from megaqad.commands.session import Session
-from megaqad.commands.students import ready_to_ship, train_student
 from megaqad.config import check_settings, load_settings
 from megaqad.distillation.step import DistillationStep, Objective
 from megaqad.distillation.teachers import Teacher
 from megaqad.errors import UserError
 from megaqad.models.model import Model
+from megaqad.recovery import export
+from megaqad.recovery.session import Session
+from megaqad.recovery.students import ready_to_ship, train_student
 from megaqad.runtime.ranks import shutdown_parallel
 from megaqad.training.logs import read_metrics
 from megaqad.training.optimizer import build_optimizer, wrap_for_training
@@ -69,7 +69,7 @@ def export_digests(rank: int, world_size: int, overrides: list[str]) -> dict[str
     settings = load_settings([*SMALL_RUN, *overrides])
     session = Session.start(settings, command="quantize")
     try:
-        write_export(session, ready_to_ship(session, session.calibrated_student()))
+        export(session, ready_to_ship(session, session.calibrated_student()))
         files = sorted(Path(settings.run_dir / "export").iterdir())
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     finally:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megaqad.commands.session import Session
-from megaqad.commands.teaching import divergence_of, hidden_loss_of, teacher_of
 from megaqad.config import Settings, load_settings
 from megaqad.data.batch import Batch, flatten_tokens
 from megaqad.models.causal_lm import CausalLM
+from megaqad.recovery.session import Session
+from megaqad.recovery.teaching import divergence_of, hidden_loss_of, teacher_of
 from megaqad.runtime.ranks import shutdown_parallel
 from tests.distillation.runs import SMALL_RUN, qad_step
 from tests.losses.oracle import dense_cka, dense_kl, relative_error

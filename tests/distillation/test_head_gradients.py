@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaqad.commands.session import Session
-from megaqad.commands.teaching import teacher_of
 from megaqad.config import load_settings
 from megaqad.data.batch import flatten_tokens
 from megaqad.nvfp4 import fake_quantize, tensor_amax
+from megaqad.recovery.session import Session
+from megaqad.recovery.teaching import teacher_of
 from megaqad.runtime.ranks import shutdown_parallel
 from tests.distillation.runs import SMALL_RUN, qad_step
 from tests.distillation.test_gradients import KEEPS_GRADIENTS, batches

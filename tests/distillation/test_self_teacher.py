@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from benchmarks.measure import peak_memory
-from megaqad.commands.session import Session
-from megaqad.commands.teaching import teacher_of
 from megaqad.config import check_settings, load_settings
 from megaqad.distillation.teachers import LiveTeacher, SelfTeacher
 from megaqad.errors import UserError
 from megaqad.models.model import QuantizerParameter
+from megaqad.recovery.session import Session
+from megaqad.recovery.teaching import teacher_of
 from megaqad.runtime.ranks import shutdown_parallel
 from megaqad.training.freezing import freeze
 from megaqad.training.logs import read_metrics

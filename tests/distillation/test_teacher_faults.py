@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from megaqad.commands.session import Session
 from megaqad.config import load_settings
 from megaqad.data.batch import Batch
 from megaqad.distillation.finite import TeacherFault, explain_teacher
 from megaqad.distillation.teachers import LiveTeacher
 from megaqad.errors import UserError
+from megaqad.recovery.session import Session
 from megaqad.runtime.ranks import shutdown_parallel
 from tests.distillation.runs import SMALL_RUN, qad_step
 from tests.models.checkpoints import make_checkpoint

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from megaqad.commands.session import Session
 from megaqad.config import load_settings
 from megaqad.distillation.forward import forward_hidden
 from megaqad.distillation.teachers import SelfTeacher
@@ -16,6 +15,7 @@ from megaqad.models.load import original_values
 from megaqad.models.model import Model
 from megaqad.quantization.model import sites
 from megaqad.quantization.site import QuantizerMode
+from megaqad.recovery.session import Session
 from megaqad.runtime.ranks import shutdown_parallel
 from megaqad.training.freezing import freeze
 from megaqad.training.logs import read_metrics

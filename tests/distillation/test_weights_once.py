@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaqad.commands.session import Session
-from megaqad.commands.teaching import divergence_of, teacher_of
 from megaqad.config import load_settings
 from megaqad.data.batch import Batch
 from megaqad.models.model import Model
 from megaqad.quantization.layers import QuantizedLinear
 from megaqad.quantization.model import weight_sites
+from megaqad.recovery.session import Session
+from megaqad.recovery.teaching import divergence_of, teacher_of
 from megaqad.runtime.ranks import shutdown_parallel
 from megaqad.training.freezing import freeze
 from tests.distillation.runs import SMALL_RUN, qad_step

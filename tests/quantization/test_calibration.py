@@ -4,10 +4,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_hook
 
-from megaqad.commands.session import Session
 from megaqad.config import load_settings
 from megaqad.models.causal_lm import CausalLM
 from megaqad.quantization.model import cache_amaxes, input_amaxes
+from megaqad.recovery.session import Session
 from megaqad.runtime.ranks import shutdown_parallel
 from tests.distillation.runs import SMALL_RUN, run_command
 from tests.models.checkpoints import make_checkpoint

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaqad.commands.session import Session
-from megaqad.commands.students import train_student
 from megaqad.config import check_settings, load_settings
 from megaqad.distillation.step import Objective
 from megaqad.errors import UserError
+from megaqad.recovery.session import Session
+from megaqad.recovery.students import train_student
 from megaqad.runtime.ranks import shutdown_parallel
 from megaqad.training.checkpoint import CheckpointState, latest_checkpoint, layout_of, load_checkpoint
 from megaqad.training.optimizer import build_optimizer, wrap_for_training

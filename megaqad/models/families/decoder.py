@@ -146,6 +146,8 @@ def decoder(
             "max_position_embeddings": config.max_position_embeddings,
             "initializer_range": float(config.initializer_range),
             "config": content,
+            "embedding": "model.embed_tokens",
+            "head": "lm_head",
             **changes,
         }
     )

@@ -2,17 +2,17 @@
 
 import torch
 
-from megaqad.commands.session import Session
 from megaqad.distill_settings import TEACHERS
 from megaqad.distillation.cache import HiddenCache, tokens_digest
 from megaqad.distillation.hidden import HiddenLoss
 from megaqad.distillation.teachers import CachedTeacher, LiveTeacher, SelfTeacher, Teacher
-from megaqad.identity import model_fingerprint, tokenizer_digest
+from megaqad.identity import model_fingerprint
 from megaqad.losses import Objective, build_objective
 from megaqad.models.families import describe_model
 from megaqad.models.load import load_head, original_values
 from megaqad.models.model import Model
 from megaqad.models.trainable import trained_share
+from megaqad.recovery.session import Session
 from megaqad.runtime.agree import on_main
 
 
@@ -38,7 +38,7 @@ def teacher_of(session: Session, student: Model) -> Teacher:
         return _self_teacher(session, student)
     if settings.cache_dir is None:
         return _live(session)
-    facts = on_main(lambda: _cache_facts(session))
+    facts = _cache_facts(session)
     cache = HiddenCache(settings.cache_dir, facts, session.ranks)
     return CachedTeacher(cache, _head(session), lambda: _live(session), session.ranks)
 
@@ -56,11 +56,12 @@ def _self_teacher(session: Session, student: Model) -> Teacher:
 
 
 def _cache_facts(session: Session) -> dict[str, str | int]:
-    settings = session.settings
+    settings, identity = session.settings, session.identity
+    known = settings.teacher_dir == settings.model_dir
     return {
-        "teacher": model_fingerprint(settings.teacher_dir),
-        "tokenizer": tokenizer_digest(settings.model_dir),
-        "data": tokens_digest(session.data.train.tokens),
+        "teacher": identity["model"] if known else on_main(lambda: model_fingerprint(settings.teacher_dir)),
+        "tokenizer": identity["tokenizer"],
+        "data": on_main(lambda: tokens_digest(session.data.train.tokens)),
         "sequence_length": settings.train.sequence_length,
         "dtype": settings.runtime.dtype,
     }

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from megaqad.commands.session import Session
 from megaqad.evaluation import Evaluator
 from megaqad.models.model import Model
 from megaqad.quantization.allocation import BF16, GroupKL, average_bits, choose, predicted_kl
 from megaqad.quantization.choice import Choice
 from megaqad.quantization.plan import QuantizationPlan
 from megaqad.quantization.sensitivity import measure_groups, quantize_only, quantized_groups, use_formats
+from megaqad.recovery.session import Session
 
 
 def group_kls(

@@ -1,9 +1,10 @@
-"""What the stages of a run share: ranks, the model's description, the data, teachers and students."""
+"""What the stages of a recovery share: ranks, the model's description, the data, teachers and students."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from megaqad.distillation.forward import forward_hidden
 from megaqad.distillation.teachers import LiveTeacher, Teacher
 from megaqad.errors import UserError
 from megaqad.evaluation import Evaluator
-from megaqad.identity import claim_output_dir
+from megaqad.identity import claim_output_dir, identity_of
 from megaqad.models.architecture import Architecture
 from megaqad.models.build import build_model
 from megaqad.models.families import describe_model
@@ -25,10 +26,10 @@ from megaqad.quantization.model import build_quantized, sites, switch
 from megaqad.quantization.plan import QuantizationPlan, plan_for
 from megaqad.quantization.settings import QuantizationSettings
 from megaqad.quantization.site import QuantizerMode
-from megaqad.runtime.agree import together
+from megaqad.runtime.agree import on_main, together
 from megaqad.runtime.duration import seconds_of
 from megaqad.runtime.lock import DirectoryLock
-from megaqad.runtime.ranks import Ranks, initialize_parallel, join_ranks
+from megaqad.runtime.ranks import Ranks, initialize_parallel, join_ranks, shutdown_parallel
 from megaqad.runtime.watchdog import Watchdog, enable_flight_recorder
 from megaqad.training.checkpoint import latest_checkpoint, load_checkpoint
 from megaqad.training.logs import Terminal
@@ -49,7 +50,8 @@ class Session:
     ranks: Ranks
     terminal: Terminal
     lock: DirectoryLock | None = None
-    """On ``output_dir``, while the session lives; on the main rank of a command that writes there."""
+    """On ``output_dir``, until ``close``; on the main rank of a command that writes there."""
+    command: str = "distill"
 
     @classmethod
     def start(cls, settings: Settings, *, command: str | None = None) -> "Session":
@@ -65,13 +67,40 @@ class Session:
         terminal = Terminal(is_main=ranks.is_main, watchdog=Watchdog(patience, ranks.rank))
         session = cls(settings, describe_model(settings.model_dir), ranks, terminal)
         if command is not None:
+            session.command = command
             terminal.say(f"data: {session.data_facts}")
+            identity = session.identity
             with together():
                 if ranks.is_main:
-                    session.lock = claim_output_dir(command, settings, session.data.train.fingerprint())
+                    session.lock = claim_output_dir(command, settings, identity)
             if session.lock is not None and not session.lock.supported:
                 terminal.say(f"{settings.run_dir} is on a file system without locks: let no second run use it")
         return session
+
+    def close(self) -> None:
+        """Let another run have ``output_dir`` and the process its ranks; the end of the process does the same."""
+        if self.lock is not None:
+            self.lock.release()
+        shutdown_parallel()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be gone on with, the training tokens themselves included.
+
+        Collective: one broadcast, because reading the model and hashing the tokens is work for one rank.
+        """
+        return on_main(
+            lambda: {
+                **identity_of(self.command, self.settings),
+                "data.tokens": self.data.train.fingerprint(),
+            }
+        )
 
     @property
     def dtype(self) -> torch.dtype:

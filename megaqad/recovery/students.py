@@ -6,17 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megaqad.commands.sensitivity import choose_formats
-from megaqad.commands.session import Session
-from megaqad.commands.teaching import divergence_of, hidden_loss_of, teacher_of
 from megaqad.distillation.step import DistillationStep, Objective
 from megaqad.evaluation import Evaluation, Evaluator
-from megaqad.identity import identity_of
 from megaqad.models.model import Model
 from megaqad.quantization.choice import has_choice, read_choice, write_choice
 from megaqad.quantization.model import round_to_export_dtype, switch
 from megaqad.quantization.settings import SCALE_LR
 from megaqad.quantization.site import QuantizerMode
+from megaqad.recovery.sensitivity import choose_formats
+from megaqad.recovery.session import Session
+from megaqad.recovery.teaching import divergence_of, hidden_loss_of, teacher_of
 from megaqad.runtime.agree import on_main
 from megaqad.runtime.files import write_text_whole
 from megaqad.training.checkpoint import STATE_FILE, CheckpointState, damage, layout_of, read_state
@@ -25,6 +24,9 @@ from megaqad.training.optimizer import build_optimizer, wrap_for_training
 from megaqad.training.position import Position
 from megaqad.training.run import TrainingRun
 from megaqad.training.saver import CheckpointSaver, remove_leftovers
+
+NOT_OF_CALIBRATION = ("train.", "distill.", "kind")
+"""Of a run's identity: what its calibrated student does not depend on."""
 
 
 def write_json(path: Path, content: object, session: Session) -> None:
@@ -58,7 +60,7 @@ def ptq_student(session: Session) -> Model:
     """The calibrated student: from ``ptq/`` when this run has calibrated already, else calibrated and saved there."""
     settle_recipe(session)
     directory = session.settings.run_dir / "ptq"
-    facts = fingerprint(session)
+    facts = session.identity
     if on_main(lambda: _is_calibration_of(directory, facts)):
         problem = damage(directory, session.ranks, with_training=False)
         if problem is None:
@@ -81,16 +83,7 @@ def _is_calibration_of(directory: Path, facts: dict[str, Any]) -> bool:
     if not (directory / STATE_FILE).is_file():
         return False
     recorded = read_state(directory).fingerprint
-    return all(recorded.get(key) == value for key, value in facts.items() if not key.startswith(("train.", "distill.")))
-
-
-def fingerprint(session: Session, command: str = "distill") -> dict[str, Any]:
-    """What a checkpoint must agree with to be gone on with, the training tokens themselves included.
-
-    Collective: one broadcast, because hashing the tokens is work for one rank.
-    """
-    tokens = on_main(session.data.train.fingerprint)
-    return {**identity_of(command, session.settings), "data.tokens": tokens}
+    return all(recorded.get(key) == value for key, value in facts.items() if not key.startswith(NOT_OF_CALIBRATION))
 
 
 def train_student(session: Session, run_dir: Path, objective: Objective) -> Model:
@@ -134,7 +127,7 @@ def train_student(session: Session, run_dir: Path, objective: Objective) -> Mode
             hidden=hidden_loss_of(session, student, teacher.model) if teacher is not None else None,
         ),
         data=session.data.train,
-        fingerprint=fingerprint(session) | {"distill.objective": objective.value},
+        fingerprint=session.identity | {"distill.objective": objective.value},
         validate=validate,
     ).run()
     return ready_to_ship(session, student)
