@@ -30,6 +30,9 @@ from megaqad.errors import EXIT_STOPPED_EARLY, UserError
 
 NOTE_FILE_VARIABLE = "MEGAQAD_NOTE_FILE"
 LAUNCHER_VARIABLE = "MEGAQAD_LAUNCHER"
+STORE_VARIABLE = "MEGAQAD_STORE"
+"""For the first rank: number of the open socket on which the ranks will find it. A port that were only looked up for
+it could be another process's by the time it listens."""
 TORCHELASTIC_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 GRACE_SECONDS = 3.0
 """How long the others may take to report a failure of their own or to end before they are killed."""
@@ -121,9 +124,12 @@ def run_ranks_here(arguments: Sequence[str], ranks: int) -> int:
     with tempfile.TemporaryDirectory(prefix="megaqad-") as folder:
         processes: list[subprocess.Popen[bytes]] = []
         with _forwarding_signals(processes) as forwarded:
-            for environment in _environments(ranks, folder):
-                command = [sys.executable, "-m", "megaqad", *arguments]
-                processes.append(subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True))
+            with socket.create_server(("127.0.0.1", 0)) as store:
+                for environment in _environments(ranks, folder, store):
+                    command = [sys.executable, "-m", "megaqad", *arguments]
+                    given = [int(environment[STORE_VARIABLE])] if STORE_VARIABLE in environment else []
+                    variables = {**os.environ, **environment}
+                    processes.append(subprocess.Popen(command, env=variables, start_new_session=True, pass_fds=given))
             for number in list(forwarded):  # came while the last of them was being started
                 _send(processes, number)
             first = _wait_for_early_end(processes)
@@ -134,24 +140,19 @@ def run_ranks_here(arguments: Sequence[str], ranks: int) -> int:
         return _explain(_notes(Path(folder)), codes, first, forwarded)
 
 
-def _environments(ranks: int, folder: str) -> Iterator[dict[str, str]]:
+def _environments(ranks: int, folder: str, store: socket.socket) -> Iterator[dict[str, str]]:
     """What each rank finds in its environment beside this process's own."""
     shared = {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(store.getsockname()[1]),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks))),
         LAUNCHER_VARIABLE: str(os.getpid()),
     }
     for rank in range(ranks):
-        yield {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), NOTE_FILE_VARIABLE: f"{folder}/{rank}.json"}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), NOTE_FILE_VARIABLE: f"{folder}/{rank}.json"}
+        yield shared | own | ({STORE_VARIABLE: str(store.fileno())} if rank == 0 else {})
 
 
 @contextlib.contextmanager

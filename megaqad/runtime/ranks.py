@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from megaqad.errors import UserError
 from megaqad.runtime.cpu import enable_cpu_device
+from megaqad.runtime.launch import STORE_VARIABLE
 from megaqad.runtime.sizes import ParallelSizes
 
 __all__ = ["ParallelSizes", "Ranks", "initialize_parallel", "join_ranks", "parallel", "shutdown_parallel"]
@@ -150,12 +151,17 @@ def join_ranks(timeout_minutes: float = 30.0) -> None:
 
 
 def _shared_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
-    """Where the ranks find one another's addresses: at MASTER_ADDR, under the number of torchrun's attempt.
+    """Where the ranks find one another's addresses: at MASTER_ADDR, under the number of torchrun's attempt; under
+    ``launch.py`` on the socket that it opened for the first of them.
 
     torchrun's static rendezvous keeps one store through all its restarts, and the addresses of the dead ranks in it.
     Its other rendezvous makes a new store every time, and its agents may count restarts differently: so the number is
     used only where one agent counts for all, or where ``launch/torchrun.sh`` vouches for it.
     """
+    listening = os.environ.get(STORE_VARIABLE)
+    if listening is not None:
+        port, descriptor = int(os.environ["MASTER_PORT"]), int(listening)
+        return dist.TCPStore("127.0.0.1", port, world_size, True, timeout, master_listen_fd=descriptor)
     store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
     one_agent = os.environ.get("GROUP_WORLD_SIZE") == "1"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT" if one_agent else ATTEMPT_VARIABLE)
