@@ -27,7 +27,12 @@ NOT_IDENTITY_IN_TRAIN = ("micro_batch_size", "recompute", "stop_after", "max_bad
 TRAINING_COMMANDS = ("distill", "recover", "demo", "pretrain")
 NOT_READ_WITH_A_STUDENT = ("quantization.calibration_samples", "quantization.backend")
 """Of a recipe: what may differ when a student is read. Backends compute one function, and only one runs anywhere."""
-CONTENT_KEYS = {"model": "model", "tokenizer": "tokenizer", "data.tokens": "set of training tokens"}
+CONTENT_KEYS = {
+    "model": "model",
+    "student": "student",
+    "tokenizer": "tokenizer",
+    "data.tokens": "set of training tokens",
+}
 """Facts that are digests: what differs is said in words."""
 UNREAD = "unread"
 """In place of a digest that nobody has computed yet: it differs from nothing."""
@@ -55,6 +60,8 @@ def identity_of(command: str, settings: Settings, *, contents: bool = True) -> d
         "seed": settings.seed,
         "runtime.dtype": settings.runtime.dtype,
     }
+    if settings.start_dir != settings.model_dir:
+        parts["student"] = model_digest(settings.start_dir)
     if command in TRAINING_COMMANDS:
         train = {key: value for key, value in asdict(settings.train).items() if key not in NOT_IDENTITY_IN_TRAIN}
         distill = asdict(settings.distill)

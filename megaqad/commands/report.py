@@ -13,6 +13,8 @@ from rich.console import Console
 import megaqad
 from megaqad.config import Settings
 from megaqad.errors import UserError
+from megaqad.models.architecture import Architecture
+from megaqad.models.encodings import Checkpoint
 from megaqad.models.families import describe_model
 from megaqad.quantization.allocation import BF16, GroupKL
 from megaqad.quantization.choice import read_choice
@@ -90,7 +92,7 @@ def _facts(settings: Settings, seconds: float, command: list[str]) -> RunFacts:
         kept += choice.of(BF16)
         in_fp8 = choice.of("fp8")
     return RunFacts(
-        model=settings.model_dir.absolute().name,
+        model=settings.model_dir.absolute().name + _stored_as(settings, architecture),
         parameters=sum(map(math.prod, sizes)),
         data=settings.data.source if settings.data.source != "text" else ", ".join(settings.data.files),
         layout=f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
@@ -107,6 +109,15 @@ def _facts(settings: Settings, seconds: float, command: list[str]) -> RunFacts:
         | {"megaqad": megaqad.__version__, "python": platform.python_version()},
         verification=verification,
     )
+
+
+def _stored_as(settings: Settings, architecture: Architecture) -> str:
+    """What number formats the model's own files hold, empty for an unquantized model."""
+    kinds = Checkpoint(settings.model_dir).kinds(architecture.tensors)
+    stored = ", ".join(
+        f"{count} of {len(architecture.tensors)} tensors stored in {kind}" for kind, count in kinds.items()
+    )
+    return f" ({stored}, read as the BF16 values they stand for)" if stored else ""
 
 
 def _read(path: Path) -> dict[str, Any]:

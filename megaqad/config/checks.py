@@ -40,6 +40,7 @@ AT_LEAST_ONE = (
     "evaluation.max_tokens",
 )
 COMMANDS_THAT_DISTILL = ("demo", "recover", "distill")
+COMMANDS_THAT_START = ("demo", "recover", "quantize", "distill")
 COMMANDS_WITH_DATA = ("demo", "recover", "quantize", "distill", "evaluate", "pretrain", "bench step")
 COMMANDS_WITH_TOKENS = ("demo", "recover", "verify", "logits")
 
@@ -72,6 +73,7 @@ def check_settings(command: str, settings: Settings) -> Architecture:
     check_layout(architecture, settings.sizes)
     if command != "pretrain":
         check_checkpoint(architecture, settings.model_dir)
+    _check_start(command, settings, architecture)
     plan = plan_for(settings.quantization, architecture, settings.sizes.tensor)
     _check_export(settings, plan)
     check_backend(settings.quantization, settings.runtime.dtype)
@@ -113,6 +115,23 @@ def check_data(command: str, settings: Settings, architecture: Architecture, *, 
         build_datasets(settings.data, model_dir=settings.model_dir, sequence_length=length, seed=settings.seed)
     else:
         split_files(settings.data)
+
+
+def _check_start(command: str, settings: Settings, architecture: Architecture) -> None:
+    """``student`` as a Hugging Face directory: of this architecture, and something that the command can begin with."""
+    start, named = settings.start_dir, f"student={settings.student}"
+    if start == settings.model_dir:
+        if command in COMMANDS_THAT_START and settings.student not in ("auto", "ptq"):
+            raise UserError(
+                f"{named} holds no config.json: {command} starts from a Hugging Face directory, an export for one, and "
+                "goes on from a checkpoint by itself, in the same output_dir"
+            )
+        return
+    if describe_model(start).tensors != architecture.tensors:
+        raise UserError(f"{named} has other tensors than model={settings.model}: give a student of the same model")
+    check_checkpoint(architecture, start)
+    if settings.data.source == "text" and not settings.data.files:
+        raise UserError(f"{named} is calibrated anew: give data=<file.txt>, a directory or a glob, or data=stdlib")
 
 
 def _check_values(settings: Settings) -> None:

@@ -172,7 +172,9 @@ class Settings:
     """A .npy file of int64 token ids [b, s], for ``logits``; ``verify`` compares on them where they are given."""
     student: str = "auto"
     """Which student ``evaluate``, ``export``, ``verify`` and ``logits`` load: ``auto`` (the newest checkpoint, else
-    ``ptq``), ``ptq``, or a checkpoint directory."""
+    ``ptq``), ``ptq``, or a checkpoint directory. A Hugging Face directory of the same architecture, an export among
+    them, is where ``quantize``, ``distill`` and ``recover`` start in place of ``model``, which stays the teacher: its
+    weights are read as the BF16 values they stand for and calibrated anew."""
     data: DataSettings = field(default_factory=DataSettings)
     quantization: QuantizationSettings = field(default_factory=QuantizationSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
@@ -192,6 +194,12 @@ class Settings:
     @property
     def model_dir(self) -> Path:
         return BUNDLED_TEACHER if self.model == "bundled" else Path(self.model)
+
+    @property
+    def start_dir(self) -> Path:
+        """The Hugging Face directory whose weights the student starts from."""
+        named = self.student not in ("auto", "ptq") and (Path(self.student) / "config.json").is_file()
+        return Path(self.student) if named else self.model_dir
 
     @property
     def teacher_dir(self) -> Path:

@@ -17,6 +17,7 @@ from megaqad.evaluation import Evaluator
 from megaqad.identity import claim_output_dir, identity_of
 from megaqad.models.architecture import Architecture
 from megaqad.models.build import build_model
+from megaqad.models.encodings import Checkpoint
 from megaqad.models.families import describe_model
 from megaqad.models.load import load_weights
 from megaqad.models.model import Model
@@ -66,6 +67,9 @@ class Session:
         ranks = initialize_parallel(settings.sizes, seed=settings.seed)
         terminal = Terminal(is_main=ranks.is_main, watchdog=Watchdog(patience, ranks.rank))
         session = cls(settings, describe_model(settings.model_dir), ranks, terminal)
+        kinds = Checkpoint(settings.model_dir).kinds(session.architecture.tensors) if command != "pretrain" else {}
+        for kind, count in kinds.items():
+            terminal.say(f"{count} tensors of the model are stored in {kind}: read as the BF16 values they stand for")
         if command is not None:
             session.command = command
             terminal.say(f"data: {session.data_facts}")
@@ -169,13 +173,14 @@ class Session:
         return build_quantized(self.architecture, self.ranks, plan, dtype=self.dtype, recompute=recompute)
 
     def original_student(self, plan: QuantizationPlan | None = None) -> Model:
-        """The original weights in a model with quantizers, not yet calibrated, quantizers off."""
+        """The weights that the run starts from in a model with quantizers, not yet calibrated, quantizers off."""
         student = self._empty_student(plan or self.plan)
-        load_weights(student, self.settings.model_dir)
+        load_weights(student, self.settings.start_dir)
         return student
 
     def calibrated_student(self, plan: QuantizationPlan | None = None) -> Model:
-        """The post-training-quantized student: the original weights, its scales from training data where any are.
+        """The post-training-quantized student: the weights that the run starts from, scales from training data where
+        any are.
 
         ``plan`` stands in for the run's own.
         """
@@ -215,7 +220,9 @@ class Session:
         return tokens, len(range(rank, samples, ranks))
 
     def student_from(self, directory: Path) -> Model:
-        """The student of a checkpoint, quantizers on."""
+        """The student of a checkpoint, quantizers on; of a Hugging Face directory, calibrated."""
+        if directory == self.settings.start_dir:
+            return self.calibrated_student()
         student = self._empty_student(self.plan)
         load_checkpoint(directory, student)
         switch(student, QuantizerMode.ON)

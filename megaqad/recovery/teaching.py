@@ -52,7 +52,7 @@ def _self_teacher(session: Session, student: Model) -> Teacher:
     """Originals come from the model's files, so it does not matter how far the student has been trained already."""
     share = trained_share(session.architecture, session.settings.train.trainable)
     session.terminal.say(f"the student is its own teacher; kept besides: the originals of {share:.1%} of its weights")
-    return SelfTeacher(student, original_values(student, session.settings.model_dir))
+    return SelfTeacher(student, original_values(student, session.settings.start_dir))
 
 
 def _cache_facts(session: Session) -> dict[str, str | int]:
