@@ -142,7 +142,10 @@ class _ForkedRank:
     folder: Path
     faults: Sequence[Sequence[Any]]
 
-    def __init__(self, command: Sequence[str], *, env: dict[str, str], start_new_session: bool) -> None:
+    def __init__(
+        self, command: Sequence[str], *, env: dict[str, str], start_new_session: bool, pass_fds: Sequence[int]
+    ) -> None:
+        """``pass_fds``: a fork has them anyway."""
         assert command[1:3] == ["-m", "megaqad"]
         self.returncode: int | None = None
         self.pid = os.fork()
