@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megaqad.data import read_token_file
-from megaqad.distillation.step import Objective
+from megaqad.distillation.step import DistillationStep, Objective
 from megaqad.evaluation import Evaluation, Evaluator
 from megaqad.export.checkpoint import export_checkpoint
 from megaqad.export.reference import student_reference
@@ -20,13 +20,18 @@ from megaqad.models.model import Model
 from megaqad.quantization.allocation import GroupKL
 from megaqad.quantization.choice import read_choice
 from megaqad.quantization.model import quantization_errors
+from megaqad.quantization.settings import SCALE_LR
 from megaqad.recovery.logits import gathered_logits
 from megaqad.recovery.sensitivity import group_kls
 from megaqad.recovery.session import Session
-from megaqad.recovery.students import as_column, measure, ptq_student, ready_to_ship, train_student, write_json
+from megaqad.recovery.students import as_column, measure, ptq_student, ready_to_ship, write_json
+from megaqad.recovery.teaching import divergence_of, hidden_loss_of, teacher_of
 from megaqad.report import COLUMNS_FILE, draw_sensitivity
 from megaqad.runtime.agree import on_main_for_long
 from megaqad.runtime.files import write_bytes_whole
+from megaqad.training.freezing import balance_experts, freeze
+from megaqad.training.optimizer import build_optimizer, wrap_for_training
+from megaqad.training.run import TrainingRun
 
 MOST_NAMED = 3
 """Groups named on the terminal; all are in ``ptq.json``."""
@@ -40,21 +45,59 @@ def quantize(session: Session) -> Model:
     return ready_to_ship(session, ptq_student(session))
 
 
-def distill(session: Session, objective: Objective = Objective.QAD) -> Model:
-    """The trained student: from the quantized one, or on from the newest checkpoint. Its weights are as they ship.
+def distill(session: Session, *, objective: Objective | None = None, run_dir: Path | None = None) -> Model:
+    """Train from the quantized student, or go on from the newest checkpoint; the trained student, its weights as they
+    ship, so that what is evaluated is what is exported. Collective.
 
-    QAD writes to ``output_dir``; QAT, to compare with, to ``output_dir/qat``. Collective.
+    Args:
+        objective: None: ``distill.objective``.
+        run_dir: where checkpoints and ``metrics.jsonl`` go; None: ``output_dir``.
 
     Raises:
         StoppedEarly: by a signal or ``train.stop_after``; all is saved.
     """
-    if objective is Objective.QAD:
-        return train_student(session, session.settings.run_dir, objective)
-    directory = session.settings.run_dir / "qat"
-    if session.ranks.is_main:
-        directory.mkdir(exist_ok=True)
-    dist.barrier()
-    return train_student(session, directory, objective)
+    settings = session.settings
+    objective = objective or Objective(settings.distill.objective)
+    run_dir = run_dir or settings.run_dir
+    student = ptq_student(session)
+    freeze(student, settings.train.trainable, routers=settings.train.router == "trained")
+    balance_experts(student, settings.train.router_balance)
+    wrapped = wrap_for_training(student)
+    optimizer, scheduler = build_optimizer(
+        wrapped, settings.train, session.dtype, scale_lr=settings.quantization.scale_lr or SCALE_LR
+    )
+    teaches = objective is Objective.QAD and settings.distill.qad_needs_teacher
+    teacher = teacher_of(session, student) if teaches else None
+    itself = teacher if settings.distill.teacher == "self" else None
+    evaluators: list[Evaluator] = []  # made on first use: it may load the original model, which other teachers spare
+
+    def validate(advance: Callable[[], None]) -> dict[str, float]:
+        if not evaluators:
+            evaluators.append(session.evaluator(settings.evaluation.training_tokens, itself))
+        numbers = evaluators[0].evaluate(student, advance)
+        return {"kl_to_teacher": numbers.kl_to_teacher, "cross_entropy": numbers.cross_entropy}
+
+    TrainingRun(
+        run_dir=run_dir,
+        settings=settings,
+        terminal=session.terminal,
+        title=objective.value.upper(),
+        model=student,
+        step=DistillationStep(
+            student,
+            wrapped,
+            optimizer,
+            scheduler,
+            objective=objective,
+            teacher=teacher,
+            divergence=divergence_of(session),
+            hidden=hidden_loss_of(session, student, teacher.model) if teacher is not None else None,
+        ),
+        data=session.data.train,
+        fingerprint=session.identity | {"distill.objective": objective.value},
+        validate=validate,
+    ).run()
+    return ready_to_ship(session, student)
 
 
 def evaluate(session: Session, student: Model) -> Evaluation:
@@ -152,8 +195,13 @@ def recover(session: Session, *, command: list[str]) -> Model:
     columns = {"bf16": as_column(measure(session, "BF16", evaluator, session.teacher))}
     columns["ptq"] = as_column(measure_gap(session, quantize(session), evaluator))
     if session.settings.report.compare_qat:
-        columns["qat"] = as_column(measure(session, "QAT", evaluator, distill(session, Objective.QAT)))
-    student = distill(session)
+        beside = session.settings.run_dir / "qat"
+        if session.ranks.is_main:
+            beside.mkdir(exist_ok=True)
+        dist.barrier()
+        qat = distill(session, objective=Objective.QAT, run_dir=beside)
+        columns["qat"] = as_column(measure(session, "QAT", evaluator, qat))
+    student = distill(session, objective=Objective.QAD)
     recovered = measure(session, "QAD", evaluator, student)
     columns["qad"] = as_column(recovered)
     write_json(session.settings.run_dir / "evaluation.json", asdict(recovered), session)

@@ -1,28 +1,21 @@
 """The stages that several commands run: post-training quantization, training, saving and loading a student."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megaqad.distillation.step import DistillationStep, Objective
 from megaqad.evaluation import Evaluation, Evaluator
 from megaqad.models.model import Model
 from megaqad.quantization.choice import has_choice, read_choice, write_choice
 from megaqad.quantization.model import round_to_export_dtype, switch
-from megaqad.quantization.settings import SCALE_LR
 from megaqad.quantization.site import QuantizerMode
 from megaqad.recovery.sensitivity import choose_formats
 from megaqad.recovery.session import Session
-from megaqad.recovery.teaching import divergence_of, hidden_loss_of, teacher_of
 from megaqad.runtime.agree import on_main
 from megaqad.runtime.files import write_text_whole
 from megaqad.training.checkpoint import STATE_FILE, CheckpointState, damage, layout_of, read_state
-from megaqad.training.freezing import balance_experts, freeze
-from megaqad.training.optimizer import build_optimizer, wrap_for_training
 from megaqad.training.position import Position
-from megaqad.training.run import TrainingRun
 from megaqad.training.saver import CheckpointSaver, remove_leftovers
 
 NOT_OF_CALIBRATION = ("train.", "distill.", "kind")
@@ -84,53 +77,6 @@ def _is_calibration_of(directory: Path, facts: dict[str, Any]) -> bool:
         return False
     recorded = read_state(directory).fingerprint
     return all(recorded.get(key) == value for key, value in facts.items() if not key.startswith(NOT_OF_CALIBRATION))
-
-
-def train_student(session: Session, run_dir: Path, objective: Objective) -> Model:
-    """Train from the calibrated student, or go on from the newest checkpoint in ``run_dir``; the trained student.
-
-    Its weights are rounded to the export dtype, so that what is evaluated is what is shipped.
-    """
-    settings = session.settings
-    student = ptq_student(session)
-    freeze(student, settings.train.trainable, routers=settings.train.router == "trained")
-    balance_experts(student, settings.train.router_balance)
-    wrapped = wrap_for_training(student)
-    optimizer, scheduler = build_optimizer(
-        wrapped, settings.train, session.dtype, scale_lr=settings.quantization.scale_lr or SCALE_LR
-    )
-    teaches = objective is Objective.QAD and settings.distill.qad_needs_teacher
-    teacher = teacher_of(session, student) if teaches else None
-    itself = teacher if settings.distill.teacher == "self" else None
-    evaluators: list[Evaluator] = []  # made on first use: it may load the original model, which other teachers spare
-
-    def validate(advance: Callable[[], None]) -> dict[str, float]:
-        if not evaluators:
-            evaluators.append(session.evaluator(settings.evaluation.training_tokens, itself))
-        numbers = evaluators[0].evaluate(student, advance)
-        return {"kl_to_teacher": numbers.kl_to_teacher, "cross_entropy": numbers.cross_entropy}
-
-    TrainingRun(
-        run_dir=run_dir,
-        settings=settings,
-        terminal=session.terminal,
-        title=objective.value.upper(),
-        model=student,
-        step=DistillationStep(
-            student,
-            wrapped,
-            optimizer,
-            scheduler,
-            objective=objective,
-            teacher=teacher,
-            divergence=divergence_of(session),
-            hidden=hidden_loss_of(session, student, teacher.model) if teacher is not None else None,
-        ),
-        data=session.data.train,
-        fingerprint=session.identity | {"distill.objective": objective.value},
-        validate=validate,
-    ).run()
-    return ready_to_ship(session, student)
 
 
 def ready_to_ship(session: Session, student: Model) -> Model:

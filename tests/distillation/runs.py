@@ -10,9 +10,9 @@ from megaqad.distillation.step import DistillationStep, Objective
 from megaqad.distillation.teachers import Teacher
 from megaqad.errors import UserError
 from megaqad.models.model import Model
-from megaqad.recovery import export
+from megaqad.recovery import distill, export
 from megaqad.recovery.session import Session
-from megaqad.recovery.students import ready_to_ship, train_student
+from megaqad.recovery.students import ready_to_ship
 from megaqad.runtime.ranks import shutdown_parallel
 from megaqad.training.logs import read_metrics
 from megaqad.training.optimizer import build_optimizer, wrap_for_training
@@ -58,7 +58,7 @@ def train_curve(rank: int, world_size: int, overrides: list[str]) -> list[dict[s
     assert settings_checked.num_layers
     session = Session.start(settings, command="distill")
     try:
-        train_student(session, settings.run_dir, Objective(settings.distill.objective))
+        distill(session)
         return read_metrics(settings.run_dir / "metrics.jsonl")
     finally:
         shutdown_parallel()

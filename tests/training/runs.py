@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaqad import recovery
 from megaqad.config import check_settings, load_settings
-from megaqad.distillation.step import Objective
 from megaqad.errors import UserError
 from megaqad.recovery.session import Session
-from megaqad.recovery.students import train_student
 from megaqad.runtime.ranks import shutdown_parallel
 from megaqad.training.checkpoint import CheckpointState, latest_checkpoint, layout_of, load_checkpoint
 from megaqad.training.optimizer import build_optimizer, wrap_for_training
@@ -26,7 +25,7 @@ def distill(rank: int, world_size: int, overrides: list[str]) -> str | None:
     session = None
     try:
         session = Session.start(settings, command="distill")
-        train_student(session, settings.run_dir, Objective(settings.distill.objective))
+        recovery.distill(session)
     except UserError as error:
         return str(error)
     finally:
