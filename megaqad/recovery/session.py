@@ -67,9 +67,12 @@ class Session:
         ranks = initialize_parallel(settings.sizes, seed=settings.seed)
         terminal = Terminal(is_main=ranks.is_main, watchdog=Watchdog(patience, ranks.rank))
         session = cls(settings, describe_model(settings.model_dir), ranks, terminal)
-        kinds = Checkpoint(settings.model_dir).kinds(session.architecture.tensors) if command != "pretrain" else {}
-        for kind, count in kinds.items():
-            terminal.say(f"{count} tensors of the model are stored in {kind}: read as the BF16 values they stand for")
+        if ranks.is_main and command != "pretrain":
+            kinds = Checkpoint(settings.model_dir).kinds(session.architecture.tensors)
+            for kind, count in kinds.items():
+                terminal.say(
+                    f"{count} tensors of the model are stored in {kind}: read as the BF16 values they stand for"
+                )
         if command is not None:
             session.command = command
             terminal.say(f"data: {session.data_facts}")

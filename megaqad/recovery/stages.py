@@ -103,8 +103,6 @@ def distill(session: Session, *, objective: Objective | None = None, run_dir: Pa
 def evaluate(session: Session, student: Model) -> Evaluation:
     """Held-out numbers of a student against the original model, on every rank; in ``evaluation.json``. Collective."""
     numbers = measure(session, "student", session.evaluator(session.settings.evaluation.max_tokens), student)
-    if session.ranks.is_main:
-        session.settings.run_dir.mkdir(parents=True, exist_ok=True)
     write_json(session.settings.run_dir / "evaluation.json", asdict(numbers), session)
     return numbers
 

@@ -1,4 +1,4 @@
-"""The stages that several commands run: post-training quantization, training, saving and loading a student."""
+"""What the stages are made of: the post-training-quantized student, loading one, measuring one."""
 
 import json
 from dataclasses import asdict
@@ -23,8 +23,9 @@ NOT_OF_CALIBRATION = ("train.", "distill.", "kind")
 
 
 def write_json(path: Path, content: object, session: Session) -> None:
-    """Main rank: write a JSON file whole or not at all."""
+    """Main rank: write a JSON file whole or not at all, in a directory that is made when missing."""
     if session.ranks.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_text_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 

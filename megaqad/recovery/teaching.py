@@ -1,5 +1,8 @@
 """What a student learns from, from the settings under ``distill.``: the teacher and the losses."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from megaqad.distill_settings import TEACHERS
@@ -38,7 +41,8 @@ def teacher_of(session: Session, student: Model) -> Teacher:
         return _self_teacher(session, student)
     if settings.cache_dir is None:
         return _live(session)
-    facts = _cache_facts(session)
+    identity = session.identity
+    facts = on_main(lambda: _cache_facts(session, identity))
     cache = HiddenCache(settings.cache_dir, facts, session.ranks)
     return CachedTeacher(cache, _head(session), lambda: _live(session), session.ranks)
 
@@ -55,13 +59,13 @@ def _self_teacher(session: Session, student: Model) -> Teacher:
     return SelfTeacher(student, original_values(student, session.settings.start_dir))
 
 
-def _cache_facts(session: Session) -> dict[str, str | int]:
-    settings, identity = session.settings, session.identity
+def _cache_facts(session: Session, identity: Mapping[str, Any]) -> dict[str, str | int]:
+    settings = session.settings
     known = settings.teacher_dir == settings.model_dir
     return {
-        "teacher": identity["model"] if known else on_main(lambda: model_fingerprint(settings.teacher_dir)),
+        "teacher": identity["model"] if known else model_fingerprint(settings.teacher_dir),
         "tokenizer": identity["tokenizer"],
-        "data": on_main(lambda: tokens_digest(session.data.train.tokens)),
+        "data": tokens_digest(session.data.train.tokens),
         "sequence_length": settings.train.sequence_length,
         "dtype": settings.runtime.dtype,
     }
