@@ -4,7 +4,7 @@ One rank, or under torchrun or srun all of them; every function is collective ov
 
     session.py      what the stages share: ranks, data, teacher, students
     stages.py       quantize, distill, evaluate, export, verify, recover
-    students.py     making, training and loading a student
+    students.py     the quantized student, loading one, measuring one
     teaching.py     what it learns from: the teacher and the losses
     sensitivity.py  what each layer costs when quantized alone
     logits.py       logits gathered from any layout

@@ -127,7 +127,7 @@ def run_ranks_here(arguments: Sequence[str], ranks: int) -> int:
             with socket.create_server(("127.0.0.1", 0)) as store:
                 for environment in _environments(ranks, folder, store):
                     command = [sys.executable, "-m", "megaqad", *arguments]
-                    given = [int(environment[STORE_VARIABLE])] if STORE_VARIABLE in environment else []
+                    given = [store.fileno()] if STORE_VARIABLE in environment else []
                     variables = {**os.environ, **environment}
                     processes.append(subprocess.Popen(command, env=variables, start_new_session=True, pass_fds=given))
             for number in list(forwarded):  # came while the last of them was being started

@@ -155,6 +155,7 @@ def check_tensors(client: Client, original: Path | None, look: Callable[[str, Te
         )
     carried = {name for name in client.files if name not in expected}
     originals = tables(original) if carried and original is not None else {}
+    of_originals = TensorReader()
     for problem, names in (
         ("is missing", [name for name in expected if name not in client.files]),
         ("is not part of this model", sorted(carried - set(originals))),
@@ -168,7 +169,7 @@ def check_tensors(client: Client, original: Path | None, look: Callable[[str, Te
                 f"{folder}: tensor {name} changed since it was written (SHA-256 differs); export again"
             )
         if name in carried:
-            _check_carried(client, name, digest, originals[name])
+            _check_carried(client, name, digest, originals[name], of_originals)
         else:
             dtype, shape = expected[name]
             if tensor.dtype is not dtype or tuple(tensor.shape) != shape:
@@ -181,8 +182,8 @@ def check_tensors(client: Client, original: Path | None, look: Callable[[str, Te
     return len(recorded)
 
 
-def _check_carried(client: Client, name: str, digest: str, original: Path) -> None:
-    if tensor_digest(TensorReader().read(original, name)) != digest:
+def _check_carried(client: Client, name: str, digest: str, original: Path, reader: TensorReader) -> None:
+    if tensor_digest(reader.read(original, name)) != digest:
         raise VerificationError(
             f"{client.folder}: tensor {name}, which this model does not compute with, is not that of {original}; "
             "export again"
