@@ -29,7 +29,7 @@ test: setup
 	$(BIN)/python -m pytest -q -m "not slow" --ignore=tests/slurm --ignore=tests/faults
 
 test-slow: setup
-	$(BIN)/python -m pytest -q -m slow --ignore=tests/slurm --ignore=tests/faults
+	$(BIN)/python -m pytest -q -m slow --hypothesis-seed=0 --ignore=tests/slurm --ignore=tests/faults
 
 test-slurm: setup
 	tests/slurm/run.sh

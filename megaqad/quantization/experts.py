@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaqad.models.blocks.block import Builder
-from megaqad.models.blocks.experts import GroupedLinear, grouped_product
+from megaqad.models.blocks.grouped import GroupedLinear, grouped_product
 from megaqad.models.weights import Weight
 from megaqad.nvfp4 import choose_scales, dequantize, quantize, straight_through, tensor_amax
 from megaqad.quantization.formats import LinearFormat

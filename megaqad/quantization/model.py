@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megaqad.models.architecture import Architecture
 from megaqad.models.blocks.block import Builder
-from megaqad.models.blocks.experts import GroupedLinear
+from megaqad.models.blocks.grouped import GroupedLinear
 from megaqad.models.build import build_model, copy_model
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.model import Model, QuantizerParameter

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaqad.models.blocks.experts import grouped_product
+from megaqad.models.blocks.grouped import grouped_product
 from tests.gpu.test_journey import SETTINGS, losses, megaqad
 from tests.models.test_experts import COMMON, FAMILIES
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from megaqad.models.blocks.grouped import GroupedLinear
 from megaqad.models.weights import Weight
 from megaqad.runtime.sizes import ParallelSizes
 
@@ -47,8 +48,6 @@ class PlainChoices:
         return RowParallelLinear if weight.row_parallel else ColumnParallelLinear
 
     def experts(self, weights: Sequence[Weight], builder: "Builder") -> nn.Module:
-        from megaqad.models.blocks.experts import GroupedLinear
-
         return GroupedLinear(weights, builder)
 
     def cache(self, key: str, value: str) -> nn.Module | None:

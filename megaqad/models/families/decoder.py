@@ -45,11 +45,19 @@ def rotary(config: Any, layer_type: str | None = None, *, partial: bool = False)
     if share != 1.0 and not partial:
         raise UserError(f"partial_rotary_factor={share} has no meaning for {config.model_type}; remove it")
     dim = int(head_dim(config) * share)
-    return Rotary(dim, head_dim(config), settings["rope_theta"], settings["rope_type"], config, layer_type)
+    made = Rotary(dim, head_dim(config), settings["rope_theta"], settings["rope_type"], config, layer_type)
+    made.check(config.max_position_embeddings)  # also where no layer rotates: transformers makes no such model either
+    return made
 
 
-def windows(config: Any) -> list[int | None]:
-    """The sliding window of every layer, from ``layer_types``; None where a layer sees everything."""
+def windows(config: Any, *, needed: bool = False) -> list[int | None]:
+    """The sliding window of every layer, from ``layer_types``; None where a layer sees everything.
+
+    Args:
+        needed: whether transformers' class asks for a window even where no layer uses one.
+    """
+    if needed and config.sliding_window is None:
+        raise UserError(f"sliding_window=null: transformers computes no {config.model_type} without a window; set one")
     return [_window_of(config, kind) for kind in config.layer_types]
 
 

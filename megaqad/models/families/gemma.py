@@ -19,7 +19,7 @@ def gemma3(config: Any, content: dict[str, Any]) -> Architecture:
         value = config.to_dict()[setting]
         if value is not None and value is not False:
             raise UserError(f"{setting}={value} is not supported; only checkpoints without it can be read")
-    window, bias = windows(config), config.attention_bias
+    window, bias = windows(config, needed=True), config.attention_bias
     # Local layers rotate faster than global ones: each type has settings of its own.
     ropes = {kind: rotary(config, kind) for kind in set(config.layer_types)}
 

@@ -39,7 +39,7 @@ def mistral(config: Any, content: dict[str, Any]) -> Architecture:
 
 @family("MinistralForCausalLM", "ministral")
 def ministral(config: Any, content: dict[str, Any]) -> Architecture:
-    rope, window = rotary(config), windows(config)
+    rope, window = rotary(config), windows(config, needed=True)
     return decoder(
         config,
         content,

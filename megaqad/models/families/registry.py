@@ -75,8 +75,6 @@ def describe_model(model_dir: Path) -> Architecture:
     parsed = _parse(content, found, path)
     try:
         architecture = found.read(parsed, content)
-        for rotary in {attention.rotary for attention in architecture.attentions if attention.rotary is not None}:
-            rotary.check(architecture.max_position_embeddings)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
