@@ -1,4 +1,4 @@
-"""What the chain takes on a model of 1.2 billion parameters: minutes and memory of ``quantize``, ``export``, ``verify``.
+"""What the chain takes on a model of 1.2 billion parameters: minutes and memory of quantize, export and verify.
 
     python -m benchmarks.chain llama parallel.tensor=2
     python -m benchmarks.chain qwen3_moe parallel.expert=2 parallel.data=2
