@@ -95,6 +95,19 @@ def test_the_model_type_decides(tmp_path: Path) -> None:
             family_of(model_type="granite", architectures=[other])
 
 
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("smollm3", {"no_rope_layer_interval": 1, "rope_scaling": {"type": "su", "factor": 2.0}}),
+        ("ministral", {"head_dim": 16, "sliding_window": None}),
+        ("gemma3_text", {"head_dim": 16, "sliding_window": None, "sliding_window_pattern": 1}),
+    ],
+)
+def test_what_no_layer_uses_is_refused_where_transformers_needs_it(model_type: str, changes: dict[str, Any]) -> None:
+    content = {**SIZES, "num_hidden_layers": 1, "model_type": model_type, **changes}
+    assert outcome(model_type, content, POSITIONS) == "refused"
+
+
 def check_configs(examples: int, **options: Any) -> dict[str, int]:
     """How often each outcome was seen."""
     seen: dict[str, int] = {}
