@@ -177,8 +177,9 @@ WITHOUT_AMX = """
 
 def test_a_processor_without_matrix_instructions() -> None:
     command = [sys.executable, "-c", textwrap.dedent(WITHOUT_AMX)]
-    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "ATEN_CPU_CAPABILITY": "avx512"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=300)
+    # Only where there are some to leave out: a processor with AVX2 alone would be told to run what it does not know.
+    capped = {} if products.unavailable() else {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "ATEN_CPU_CAPABILITY": "avx512"}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | capped, check=True, timeout=300)
     reason, right = done.stdout.splitlines()
     assert reason in (products.NO_AMX, products.unavailable())
     assert right == "True"
