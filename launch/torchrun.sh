@@ -6,7 +6,7 @@
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=node0 launch/torchrun.sh distill ...      on node1
 #
 # Ends with megaqad's code: 0 done, 2 a mistake in the settings, 3 stopped early with everything saved (the same command
-# goes on), 1 failed more than MAX_RESTARTS times. SIGTERM, SIGINT and SIGUSR1 let the ranks save and stop; a second one
+# resumes), 1 failed more than MAX_RESTARTS times. SIGTERM, SIGINT and SIGUSR1 let the ranks save and stop; a second one
 # ends them at once. output_dir must be shared by all nodes. On one node, megaqad starts its own ranks: this script adds
 # several nodes and restarts.
 
@@ -36,7 +36,7 @@ if [[ -z $NPROC_PER_NODE ]]; then
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# torchrun takes every code but 0 for a failure to be repaired by a restart. 2 and 3 are none: they are told to this
+# torchrun takes every code but 0 for a failure to be repaired by a restart. 2 and 3 are not: they are told to this
 # script in a file instead. When a rank has died, torchrun ends the shells of the others, and a rank ends with its shell
 # (pdeathsig): it could save nothing without the dead one, and waits for it in a collective.
 MEGAQAD_OUTCOME=$(mktemp)

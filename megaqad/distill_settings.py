@@ -126,12 +126,12 @@ def check_teacher(distill: DistillSettings, student: Architecture, model_dir: Pa
 
 
 def check_self_teacher(distill: DistillSettings, student: Architecture, trainable: Sequence[str]) -> None:
-    """Whether a student that is its own teacher spares any memory.
+    """Whether a student that is its own teacher saves any memory.
 
     It keeps the original values of what is trained. Where that is every weight they are a second model, as
     ``distill.teacher=model`` has one: who asked for none should hear so, and not find out from the memory that is gone.
-    Short of that whatever rests is spared; how much is said when training begins, and whether it is worth it is the
-    user's choice.
+    Short of that every frozen weight is stored once; how much that saves is printed when training begins, and whether
+    it is worth it is the user's choice.
 
     Args:
         trainable: the patterns of ``train.trainable``.

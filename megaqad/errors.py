@@ -1,4 +1,4 @@
-"""The two kinds of failure: what the user can mend, and what only we can.
+"""The two kinds of failure: what the user can fix, and what only we can.
 
 A ``UserError`` carries one line that names the value, the limit and the way out. The command line prints that line
 alone and exits with code 2. Anything else that escapes is a defect and keeps its traceback.

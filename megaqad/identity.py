@@ -1,4 +1,4 @@
-"""Whose directory an ``output_dir`` is: ``run.json``, written when a run begins, compared when one goes on.
+"""Whose directory an ``output_dir`` is: ``run.json``, written when a run begins, compared when one resumes.
 
 A directory belongs to one model, tokenizer, recipe, data and seed; training adds its own settings. A command that would
 write into another run's directory is refused before it does any work, and the difference is named; ``resume.allow``
@@ -115,11 +115,11 @@ def model_fingerprint(model_dir: Path) -> str:
 
 
 def check_same_run(recorded: Mapping[str, Any], wanted: Mapping[str, Any], allow: Sequence[str], where: str) -> None:
-    """Refuse to go on with a run that is another one.
+    """Refuse to resume a run that is another one.
 
     Args:
         recorded: of the run that was started; what it does not know is not compared.
-        wanted: of the command that would go on.
+        wanted: of the command that would resume it.
         allow: ``resume.allow``: keys, or the part before the first dot.
         where: for the message.
 
@@ -140,7 +140,7 @@ def check_same_run(recorded: Mapping[str, Any], wanted: Mapping[str, Any], allow
             else f"{key}={recorded[key]}, this one has {value}"
         )
         raise UserError(
-            f"{where} belongs to a run with {difference}: give another output_dir, the same settings to go on with "
+            f"{where} belongs to a run with {difference}: give another output_dir, the same settings to resume "
             f"that run, or resume.allow=[{key}] if the change is meant"
         )
 

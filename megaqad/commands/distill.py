@@ -1,4 +1,4 @@
-"""``megaqad distill``: train the quantized student; goes on by itself from the newest checkpoint."""
+"""``megaqad distill``: train the quantized student; resumes by itself from the newest checkpoint."""
 
 from megaqad import recovery
 from megaqad.config import Settings

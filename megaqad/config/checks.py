@@ -124,7 +124,7 @@ def _check_start(command: str, settings: Settings, architecture: Architecture) -
         if command in COMMANDS_THAT_START and settings.student not in ("auto", "ptq"):
             raise UserError(
                 f"{named} holds no config.json: {command} starts from a Hugging Face directory, an export for one, and "
-                "goes on from a checkpoint by itself, in the same output_dir"
+                "resumes from a checkpoint by itself, in the same output_dir"
             )
         return
     if describe_model(start).tensors != architecture.tensors:

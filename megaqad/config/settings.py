@@ -60,7 +60,7 @@ class TrainSettings:
     """Recompute each layer's activations in the backward pass instead of keeping them."""
     stop_after: str | None = None
     """Time since the command began, like ``3h50m``, after which training saves at its next step and ends with exit
-    code 3, as after SIGTERM or SIGUSR1. The same command goes on."""
+    code 3, as after SIGTERM or SIGUSR1. The same command resumes."""
     max_bad_steps: int = 10
     """Steps in a row with a loss or gradient that is not finite, each skipped, after which training gives up."""
     spike_factor: float = 0.0
@@ -98,7 +98,7 @@ class ResumeSettings:
     """Settings under ``resume.``."""
 
     allow: list[str] = field(default_factory=list)
-    """What may differ from the run that is gone on with: settings (``train.lr``), groups (``data``), ``model``,
+    """What may differ from the run that is resumed: settings (``train.lr``), groups (``data``), ``model``,
     ``tokenizer``, ``seed``. Anything else that differs is refused."""
 
 

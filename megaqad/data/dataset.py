@@ -3,7 +3,7 @@
 One array of tokens is cut into sequences of `sequence_length` tokens and the token after them, so neighbours share
 one token and every token but the first is predicted exactly once per epoch. Which sequence is sample number `i` of a
 run is a pure function of (seed, i): a counter-based hash orders the sequences of each epoch. There is nothing to save
-but the number of samples consumed, and a run that resumes on twice the ranks goes on with the samples it would have
+but the number of samples consumed, and a run that resumes on twice the ranks continues with the samples it would have
 seen.
 
     global batch      samples  0 .. global_batch_size-1  of a step

@@ -48,7 +48,7 @@ class SourceFile:
         try:
             return self.path.read_bytes()
         except OSError as error:
-            raise UserError(f"{self.path} cannot be read ({error.strerror}): mend that or leave it out") from None
+            raise UserError(f"{self.path} cannot be read ({error.strerror}): fix that or leave it out") from None
 
     def documents(self) -> Iterator[str]:
         """The texts in the file: one, or one per line of a .jsonl file.
@@ -75,7 +75,7 @@ def _record_text(line: str, where: str) -> str:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error.msg}): mend the line or leave it out") from None
+        raise UserError(f"{where} is not JSON ({error.msg}): fix the line or leave it out") from None
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise UserError(f'{where} has no text: each line must be a JSON object with a string under "text"')
     return record["text"]

@@ -96,8 +96,8 @@ def _slope(evaluation: Evaluation, chunk: Chunk, plan: _Plan, *, narrow: bool, c
     FP32 takes the place of the student's. BF16 (`narrow`) takes the first half of each row of the teacher's, or of the
     student's where there is no teacher; from a kernel that does not work in order it comes by way of FP32.
     """
-    spare = chunk.student if chunk.teacher is None else chunk.teacher
-    halves = spare.view(torch.bfloat16)[:, : spare.shape[1]]
+    free = chunk.student if chunk.teacher is None else chunk.teacher
+    halves = free.view(torch.bfloat16)[:, : free.shape[1]]
     out = halves if narrow and plan.kernel.in_order else chunk.student
     evaluation.gradient(ALL, plan.tokens.weights[chosen].double(), out=out)
     if out is halves or not narrow:

@@ -1,6 +1,6 @@
 """Tensors of the original checkpoint that its model does not compute with: heads for several tokens, vision towers.
 
-They go to the export as they are, so that whoever loads it finds what the original had.
+They go to the export as they are, so that it holds what the original had.
 """
 
 from collections.abc import Iterator, Mapping

@@ -36,6 +36,8 @@ def check_checkpoint(architecture: Architecture, model_dir: Path) -> None:
     if missing:
         hint = "; set tie_word_embeddings=true if the head shares the embedding" if missing == [head] else ""
         raise UserError(f"{model_dir} lacks {_some(missing)}; complete the checkpoint or correct config.json{hint}")
+    for name in architecture.tensors:
+        _check_readable(checkpoint, name)
     belonging = [name for name in unused_tensors(architecture, checkpoint) if _belongs(architecture, name)]
     if belonging:
         raise UserError(
@@ -80,10 +82,14 @@ def _check_tensor(architecture: Architecture, checkpoint: Checkpoint, name: str,
             f"{entry.file}: {name} has shape {list(found)}, config.json asks for {list(shape)}; "
             "take the config.json that belongs to these weights"
         )
-    if encoding is None and entry.dtype not in READABLE_DTYPES:
+
+
+def _check_readable(checkpoint: Checkpoint, name: str) -> None:
+    entry = checkpoint.entries.get(name)
+    if entry is not None and checkpoint.encoding(name) is None and entry.dtype not in READABLE_DTYPES:
         raise UserError(
-            f"{entry.file}: {name} is stored as {entry.dtype}, readable are {', '.join(READABLE_DTYPES)}, and FP8 and "
-            "NVFP4 with their scales; give the unquantized checkpoint"
+            f"{entry.file}: {name} is stored as {entry.dtype}, readable are {', '.join(READABLE_DTYPES)}, and FP8, "
+            "MXFP8, MXFP4 and NVFP4 with the scales of each block; give the unquantized checkpoint"
         )
 
 

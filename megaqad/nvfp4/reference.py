@@ -38,6 +38,16 @@ def decode_e2m1(codes: Tensor) -> Tensor:
     return torch.cat((magnitudes, 0.0 - magnitudes))[codes.long()]
 
 
+def unpack_e2m1(packed: Tensor) -> Tensor:
+    """The float32 values [..., K] of E2M1 codes uint8 [..., K // 2], the even one in the low nibble."""
+    return decode_e2m1(torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2))
+
+
+def decode_e8m0(exponents: Tensor) -> Tensor:
+    """The float32 values 2^(code - 127) of MX scales, uint8 (any shape); exact, the subnormal 2^-127 included."""
+    return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents.int() - 127)
+
+
 def block_scales(block_amax: Tensor, global_scale: Tensor) -> Tensor:
     """The E4M3 scales of blocks with these amax (any shape): the nearest to what makes each amax a 6; 1 for zero."""
     ideal = block_amax / (E2M1_MAX * global_scale)
@@ -66,8 +76,7 @@ def quantize(x: Tensor, amax: Tensor | None, block_amax: Tensor | None = None) -
 
 def dequantize(q: NVFP4Tensor, dtype: torch.dtype) -> Tensor:
     """The values of ``q`` as ``dtype`` [..., K]: multiplied in float32, then rounded once."""
-    codes = torch.stack((q.codes & 0xF, q.codes >> 4), dim=-1).flatten(-2)  # [..., K]
-    blocks = decode_e2m1(codes).unflatten(-1, (-1, BLOCK_SIZE))  # [..., B, 16]
+    blocks = unpack_e2m1(q.codes).unflatten(-1, (-1, BLOCK_SIZE))  # [..., B, 16]
     scales = q.block_scales.float() * q.global_scale
     return (blocks * scales.unsqueeze(-1)).flatten(-2).to(dtype)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megaqad import nvfp4
 from megaqad.nvfp4.format import E2M1_MAX, E2M1_VALUES, E4M3_MAX, MIN_GLOBAL_SCALE
-from megaqad.nvfp4.reference import decode_e2m1, encode_e2m1
+from megaqad.nvfp4.reference import decode_e2m1, decode_e8m0, encode_e2m1, unpack_e2m1
 from megaqad.quantization.formats import FORMATS
 
 EXPORT_DTYPE = torch.bfloat16
@@ -123,11 +123,6 @@ def e8m0_exponents(blocks: Tensor, largest: float) -> Tensor:
     return torch.where(quotient == 0, 0, (ceiling + 127).clamp(0, 254)).to(torch.uint8)
 
 
-def e8m0_values(exponents: Tensor) -> Tensor:
-    """2^(exponent - 127) as float32; exact, the subnormal 2^-127 included."""
-    return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents.int() - 127)
-
-
 class _Microscaled(NumberFormat):
     """Blocks of 32 under a power of two."""
 
@@ -141,7 +136,7 @@ class _Microscaled(NumberFormat):
 
     def _values(self, scaled: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
         """Decoded elements [.., B, 32] times their scales, [.., K]."""
-        return (scaled * e8m0_values(exponents).unsqueeze(-1)).flatten(-2).to(dtype)
+        return (scaled * decode_e8m0(exponents).unsqueeze(-1)).flatten(-2).to(dtype)
 
 
 class MXFP8(_Microscaled):
@@ -175,8 +170,8 @@ class MXFP4(_Microscaled):
         return {"weight": codes[..., 0::2] | (codes[..., 1::2] << 4), "weight_scale": exponents}
 
     def dequantize_weight(self, packed: Packed, dtype: torch.dtype) -> Tensor:
-        codes = torch.stack((packed["weight"] & 0xF, packed["weight"] >> 4), dim=-1).flatten(-2)
-        return self._values(decode_e2m1(codes).unflatten(-1, (-1, self.block)), packed["weight_scale"], dtype)
+        values = unpack_e2m1(packed["weight"]).unflatten(-1, (-1, self.block))
+        return self._values(values, packed["weight_scale"], dtype)
 
     def input_values(self, x: Tensor, amax: Tensor) -> Tensor:
         scaled, exponents = self._scaled(x)

@@ -98,7 +98,7 @@ class Session:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be gone on with, the training tokens themselves included.
+        """What a checkpoint must agree with to be resumed, the training tokens themselves included.
 
         Collective: one broadcast, because reading the model and hashing the tokens is work for one rank.
         """

@@ -69,7 +69,7 @@ def distill(session: Session, *, objective: Objective | None = None, run_dir: Pa
     teaches = objective is Objective.QAD and settings.distill.qad_needs_teacher
     teacher = teacher_of(session, student) if teaches else None
     itself = teacher if settings.distill.teacher == "self" else None
-    evaluators: list[Evaluator] = []  # made on first use: it may load the original model, which other teachers spare
+    evaluators: list[Evaluator] = []  # made on first use: it may load the original model, which other teachers need not
 
     def validate(advance: Callable[[], None]) -> dict[str, float]:
         if not evaluators:
@@ -180,7 +180,7 @@ def recover(session: Session, *, command: list[str]) -> Model:
 
         calibrate -> measure the PTQ gap -> [train a QAT student] -> distil -> evaluate -> export -> verify
 
-    Started again after an interruption it goes on from the newest checkpoint; what was measured is measured again.
+    Started again after an interruption it resumes from the newest checkpoint; what was measured is measured again.
 
     Args:
         command: what the report shows as the way to get it again.

@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on with the very numbers it would have produced.
+"""Checkpoints: everything a run needs to resume with the very numbers it would have produced.
 
 One checkpoint is one directory, written under a hidden name and renamed when it is whole::
 

@@ -1,4 +1,4 @@
-"""What a run leaves to read: ``metrics.jsonl`` always, wandb as asked, a progress bar for whoever is watching."""
+"""What a run leaves to read: ``metrics.jsonl`` always, wandb as asked, a progress bar on a terminal."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ class MetricsLog:
     def __init__(self, run_dir: Path, settings: Settings, *, is_main: bool, keep_steps: int = 0) -> None:
         """
         Args:
-            keep_steps: rows up to this step stay (a resumed run goes on behind them), later ones are dropped.
+            keep_steps: rows up to this step stay (a resumed run continues after them), later ones are dropped.
 
         Raises:
             UserError: the file cannot be written.
@@ -62,7 +62,7 @@ class MetricsLog:
             write_text_whole(self._path, "".join(json.dumps(rows[number]) + "\n" for number in sorted(rows)))
             self._file = self._path.open("a", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{self._path} cannot be written ({error.strerror}): mend it and run again") from error
+            raise UserError(f"{self._path} cannot be written ({error.strerror}): fix that and run again") from error
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; it is on disk when this returns, or ``problem`` says why not."""
@@ -101,7 +101,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _start_wandb(run_dir: Path, settings: Settings) -> Any:
     """A wandb run, or None when disabled. Its key comes from wandb's own login or environment, never from settings.
 
-    A run that is gone on with is one run there too: its id stands in the run's directory.
+    A resumed run is one run there too: its id stands in the run's directory.
     """
     if settings.logging.wandb.mode == "disabled":
         return None

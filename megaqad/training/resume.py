@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest that is whole and that belongs to it."""
+"""Which checkpoint a run resumes from: the newest that is whole and that belongs to it."""
 
 import shutil
 from collections.abc import Callable

@@ -48,7 +48,7 @@ class TrainingRun:
     step: DistillationStep
     data: TokenDataset
     fingerprint: dict[str, Any]
-    """What a checkpoint must agree with to be gone on with."""
+    """What a checkpoint must agree with to be resumed."""
     validate: Callable[[Callable[[], None]], dict[str, float]]
     """Held-out numbers; calls its argument as it gets on."""
     _saver: CheckpointSaver | None = field(default=None, init=False)

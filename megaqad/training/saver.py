@@ -1,4 +1,4 @@
-"""Saving while training goes on: copy, write behind, check, and only then let ``latest`` move.
+"""Saving while training continues: copy, write behind, check, and only then let ``latest`` move.
 
 ``start`` copies this rank's pieces into host memory, which is all that training waits for. A thread then writes them to
 files of a hidden directory, flushes them and reads them back from the disk. Ranks compare how far they are where they
@@ -243,7 +243,7 @@ class CheckpointSaver:
             raise save.work.defect
         raise UserError(
             f"the checkpoint {save.final} could not be written on rank {rank}: {problem}; earlier checkpoints are "
-            "intact, make room or mend the disk and run the same command to go on"
+            "intact, make room or fix the disk and run the same command to resume"
         )
 
 
@@ -282,7 +282,7 @@ def remove_surplus(run_dir: Path, keep: int, keep_best: int) -> None:
         try:
             state = read_state(directory)
         except UserError:
-            continue  # damaged: left for whoever wants to look
+            continue  # damaged: left to be looked at
         states[state.position.step] = (directory, state.validation_kl)
     for step in surplus([(step, kl) for step, (_, kl) in states.items()], keep, keep_best):
         shutil.rmtree(states[step][0], ignore_errors=True)

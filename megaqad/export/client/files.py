@@ -54,7 +54,7 @@ def inside(folder: Path, name: str, said_by: Path) -> Path:
     """A file of the export by the name that one of its JSON files gives; these are plain names, without folders.
 
     Raises:
-        VerificationError: it is none.
+        VerificationError: it is not.
     """
     if Path(name).name != name or name == "..":
         raise VerificationError(f"{said_by} names {name!r}, which is no file of {folder}; export again")

@@ -71,7 +71,7 @@ class RMSNorm(nn.Module):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Forward and backward: all-reduce (sum). Each rank goes on with the same sum, so the gradients of all count."""
+    """Forward and backward: all-reduce (sum). Each rank continues with the same sum, so the gradients of all count."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor, group: dist.ProcessGroup) -> Tensor:
