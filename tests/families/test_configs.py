@@ -137,4 +137,4 @@ def test_configs_are_read_as_transformers_reads_them() -> None:
 
 @pytest.mark.slow
 def test_many_configs_are_read_as_transformers_reads_them() -> None:
-    check_configs(1000, database=None)
+    check_configs(500, database=None)

@@ -113,10 +113,15 @@ class Commands:
             self._server.close()
 
 
-def record_cases(cases: Sequence[Case], folder: Path, *, jobs: int = 1, forked: bool = True) -> Iterator[Outcome]:
+def record_cases(
+    cases: Sequence[Case], folder: Path, *, jobs: int = 1, forked: bool = True, last: str = "verify"
+) -> Iterator[Outcome]:
     """Run the cases in ``folder``, ``jobs`` at a time, and yield each as it ends.
 
     A case that fails is yielded with what it got to, and the others run on.
+
+    Args:
+        last: the part of the records after which nothing more is run.
     """
     models = {(case.model, case.dtype): _make_model(case, folder / "models") for case in cases}
     servers = [Commands(folder / f"commands_{number}", forked=forked) for number in range(min(jobs, len(cases)))]
@@ -131,6 +136,8 @@ def record_cases(cases: Sequence[Case], folder: Path, *, jobs: int = 1, forked: 
         try:
             for part, content in _parts(case, models[case.model, case.dtype], folder / case.name, commands.run):
                 record[part] = content
+                if part == last:
+                    break
         except (RuntimeError, OSError, ValueError, AssertionError) as error:
             failure = str(error)
         finally:

@@ -28,15 +28,15 @@ EARLY_STEPS = 5
 TOLERANCE = 1e-5
 """Of the early losses in FP32."""
 FIRST_TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
-"""Of the first loss and of the PTQ gap, which BF16 moves by up to 5e-3."""
+"""Of the PTQ gap, which BF16 moves by up to 5e-3."""
 FROM_ACTIVATIONS = ("input_scale", "input_global_scale", "k_scale", "v_scale")
 """Exported tensors that calibration sets, from sums."""
 
 
-def _records(cases: Sequence[Case], folder: Path) -> dict[str, Record]:
+def _records(cases: Sequence[Case], folder: Path, last: str) -> dict[str, Record]:
     transformers_logging.disable_progress_bar()
     found = {}
-    for outcome in record_cases(cases, folder, jobs=2):
+    for outcome in record_cases(cases, folder, jobs=2, last=last):
         assert outcome.failure is None, f"{outcome.case.name}: {outcome.failure}"
         found[outcome.case.name] = outcome.record
     return found
@@ -52,7 +52,7 @@ def _weights(export: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
 
 
 def _check_first(case: Case, expected: Record, found: Record) -> None:
-    """The model before training: its weights, quantized; the first loss; the gap of PTQ."""
+    """The model before training: its weights, quantized, and the gap of PTQ."""
     if found["checkpoint"] != expected["checkpoint"]:
         pytest.skip(f"torch draws other random weights here than for the fixtures: {case.model}_{case.dtype}")
     wrong = list(differences(_weights(expected["ptq_export"]), _weights(found["ptq_export"]), "ptq_export"))
@@ -60,12 +60,11 @@ def _check_first(case: Case, expected: Record, found: Record) -> None:
     tolerance = FIRST_TOLERANCE[case.dtype]
     for name in ("kl_to_teacher", "teacher_cross_entropy"):
         assert math.isclose(found["ptq"][name], expected["ptq"][name], rel_tol=tolerance, abs_tol=1e-6), case.name
-    assert math.isclose(found["training"]["loss"][0], expected["training"]["loss"][0], rel_tol=tolerance), case.name
 
 
 def test_results_are_the_golden_ones(tmp_path):
     fixtures = read_fixtures()["cases"]
-    for name, found in _records([CASES[name] for name in QUICK], tmp_path).items():
+    for name, found in _records([CASES[name] for name in QUICK], tmp_path, last="training").items():
         _check_first(CASES[name], fixtures[name], found)
         expected = fixtures[name]["training"]["loss"][:EARLY_STEPS]
         assert found["training"]["loss"][:EARLY_STEPS] == pytest.approx(expected, rel=TOLERANCE, abs=0), name
@@ -74,9 +73,8 @@ def test_results_are_the_golden_ones(tmp_path):
 @pytest.mark.slow
 def test_every_case_starts_as_the_golden_ones(tmp_path):
     fixtures = read_fixtures()["cases"]
-    for name, found in _records(list(CASES.values()), tmp_path).items():
+    for name, found in _records(list(CASES.values()), tmp_path, last="ptq_export").items():
         _check_first(CASES[name], fixtures[name], found)
-        assert found["verify"]["passed"], name
 
 
 def test_every_case_has_a_fixture():
