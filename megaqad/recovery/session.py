@@ -1,6 +1,7 @@
 """What the stages of a recovery share: ranks, the model's description, the data, teachers and students."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -64,25 +65,37 @@ class Session:
         patience = seconds_of(settings.runtime.hang_timeout, "runtime.hang_timeout")
         enable_flight_recorder()
         join_ranks(timeout_minutes=max(LEAST_COLLECTIVE_TIMEOUT_MINUTES, 1.5 * patience / 60))
-        ranks = initialize_parallel(settings.sizes, seed=settings.seed)
-        terminal = Terminal(is_main=ranks.is_main, watchdog=Watchdog(patience, ranks.rank))
-        session = cls(settings, describe_model(settings.model_dir), ranks, terminal)
-        if ranks.is_main and command != "pretrain":
-            kinds = Checkpoint(settings.model_dir).kinds(session.architecture.tensors)
-            for kind, count in kinds.items():
-                terminal.say(
-                    f"{count} tensors of the model are stored in {kind}: read as the BF16 values they stand for"
-                )
-        if command is not None:
-            session.command = command
-            terminal.say(f"data: {session.data_facts}")
-            identity = session.identity
-            with together():
-                if ranks.is_main:
-                    session.lock = claim_output_dir(command, settings, identity)
-            if session.lock is not None and not session.lock.supported:
-                terminal.say(f"{settings.run_dir} is on a file system without locks: let no second run use it")
+        with ExitStack() as undo:
+            ranks = initialize_parallel(settings.sizes, seed=settings.seed)
+            undo.callback(shutdown_parallel)  # a notebook opens the next session in this process
+            terminal = Terminal(is_main=ranks.is_main, watchdog=Watchdog(patience, ranks.rank))
+            session = cls(settings, describe_model(settings.model_dir), ranks, terminal)
+            if command != "pretrain":
+                session._say_encodings()
+            if command is not None:
+                session._claim(command)
+            undo.pop_all()
         return session
+
+    def _say_encodings(self) -> None:
+        if not self.ranks.is_main:
+            return
+        kinds = Checkpoint(self.settings.model_dir).kinds(self.architecture.tensors)
+        for kind, count in kinds.items():
+            self.terminal.say(
+                f"{count} tensors of the model are stored in {kind}: read as the BF16 values they stand for"
+            )
+
+    def _claim(self, command: str) -> None:
+        """Read the data of a run that is written, and take its ``output_dir``."""
+        self.command = command
+        self.terminal.say(f"data: {self.data_facts}")
+        identity = self.identity
+        with together():
+            if self.ranks.is_main:
+                self.lock = claim_output_dir(command, self.settings, identity)
+        if self.lock is not None and not self.lock.supported:
+            self.terminal.say(f"{self.settings.run_dir} is on a file system without locks: let no second run use it")
 
     def close(self) -> None:
         """Let another run have ``output_dir`` and the process its ranks; the end of the process does the same."""

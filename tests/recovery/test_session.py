@@ -1,0 +1,29 @@
+"""A session that cannot start leaves the process as it was."""
+
+from pathlib import Path
+
+import pytest
+
+from megaqad import recovery
+from megaqad.errors import UserError
+from megaqad.runtime.lock import DirectoryLock
+from tests.distillation.runs import SMALL_RUN
+from tests.models.checkpoints import make_checkpoint
+from tests.ranks import run_ranks
+
+
+def start_in_a_directory_in_use(_rank: int, _size: int, settings: list[str], folder: Path) -> int:
+    other = DirectoryLock(folder, "distill")
+    with pytest.raises(UserError, match=r"is in use by `megaqad distill`"):
+        recovery.start(settings)
+    other.release()
+    with recovery.start(settings) as run:
+        return run.ranks.world_size
+
+
+def test_after_a_refusal_the_next_one_starts(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    model = make_checkpoint("qwen2", tmp_path / "model")
+    settings = [*SMALL_RUN, f"model={model}", f"output_dir={run}", "quantization=nvfp4"]
+    assert run_ranks(1, start_in_a_directory_in_use, settings, run) == [1]
