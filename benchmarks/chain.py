@@ -49,7 +49,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 SETTINGS = ("data=stdlib", "train.sequence_length=256", "train.global_batch_size=8", "train.micro_batch_size=2")
-SHORT = ("quantization.calibration_samples=32", "evaluation.max_tokens=4096", "report.sensitivity=false")
+SHORT = ("quantization.calibration_samples=8", "evaluation.max_tokens=2048", "report.sensitivity=false")
 
 
 def write_random_checkpoint(kind: str, folder: Path) -> int:

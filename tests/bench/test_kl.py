@@ -76,13 +76,13 @@ def sharded(rank, world_size):
 
 
 def test_contestants_agree_on_shards(run_ranks) -> None:
-    for rows, gradients, summed, whole in run_ranks(3, sharded):
+    for rows, gradients, summed, whole in run_ranks(2, sharded):
         assert json.loads(json.dumps(rows)) == rows
         assert [(row["operation"], row["impl"]) for row in rows] == [
             *(("logits", name) for name in ("megaqad", "megaqad_torch", "megaqad_reference", "modelopt")),
             *(("heads", name) for name in ("megaqad", "megaqad_torch", "modelopt", "products", "products_fp32")),
         ]
-        assert {row["ranks"] for row in rows} == {3}
+        assert {row["ranks"] for row in rows} == {2}
         assert all(row["seconds"] > 0 for row in rows)
         for name, gradient in gradients.items():
             assert relative_error(gradient, gradients["megaqad"].double()) <= 3e-3, name

@@ -133,8 +133,8 @@ def test_originals_of_what_is_trained_teach_bit_for_bit(run_ranks, tmp_path, cas
 
 @pytest.mark.parametrize(
     "layout",
-    [["parallel.tensor=2"], ["parallel.pipeline=2"], ["parallel.data=2"]],
-    ids=["tensor 2", "pipeline 2", "data 2"],
+    [["parallel.tensor=2"], pytest.param(["parallel.pipeline=2"], marks=pytest.mark.slow)],
+    ids=["tensor 2", "pipeline 2"],
 )
 def test_gone_on_with_in_another_layout(model, run_ranks, tmp_path, layout):
     """Begun on one rank; the originals are those of the new layout's parts, so a separate teacher teaches the same."""

@@ -50,8 +50,8 @@ def server() -> Iterator[CommandServer]:
     started.close()
 
 
-QUICK = ("phi3", "gemma3", "olmo2")
-"""Tensors that the file fuses, a tied head, norms that the ranks divide; the others take as long and add less."""
+QUICK = ("phi3",)
+"""Tensors that the file fuses; the others take as long and add less."""
 
 
 @pytest.mark.parametrize(

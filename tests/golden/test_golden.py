@@ -20,7 +20,6 @@ from tests.golden.differences import differences
 from tests.golden.runs import Record, record_cases
 
 QUICK = (
-    "llama_tied_scaled-weight_only-tp1-fp32-mo",
     "llama_three_groups-learned-pp2-fp32-mo-scales",
     "qwen2-nvfp4-tp2-fp32-mo-self",
 )

@@ -75,8 +75,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("samples", [1, 5, 100])
-@pytest.mark.parametrize("percentile", [100, 99])
+@pytest.mark.parametrize(("samples", "percentile"), [(1, 99), (5, 99), (100, 100)])
 def test_any_number_of_sequences_is_the_same_in_every_layout(run_ranks, model, tmp_path, samples, percentile):
     """Sequences that only fill up ranks or an interleaved schedule are not looked at, and none twice: of 100 there are
     8. Percentiles count, so they would show one that is."""

@@ -19,7 +19,7 @@ CODE = re.search(r"```python\n(.*?)```", SECTION, re.DOTALL).group(1)
 
 def test_the_example(tmp_path):
     assert CODE.count("\n") <= 10
-    smaller = CODE.replace('"train.steps=20"', '"train.steps=4", "evaluation.max_tokens=4096"')
+    smaller = CODE.replace('"train.steps=20"', '"train.steps=2", "evaluation.max_tokens=1024"')
     assert smaller != CODE
     done = subprocess.run(
         [sys.executable, "-c", smaller],
