@@ -15,7 +15,7 @@ import torch
 
 from megaqad.data.dataset import TokenDataset, mixed_counter
 from megaqad.data.settings import DataSettings
-from megaqad.data.sources import split_files
+from megaqad.data.sources import Split, split_files
 from megaqad.data.tokens import TokenArrays, TokenFacts, Tokens, text_tokens
 from megaqad.errors import UserError
 
@@ -25,11 +25,13 @@ RANDOM_VALIDATION_TOKENS = 1 << 16
 
 @dataclass(frozen=True)
 class Datasets:
-    """The data of a run. facts: files, bytes and tokens of each side, before any `max_*_tokens`."""
+    """The data of a run. facts: files, bytes and tokens of each side, before any `max_*_tokens`. left_out: files of its
+    directories that are not read."""
 
     train: TokenDataset
     validation: TokenDataset
     facts: TokenFacts
+    left_out: tuple[Path, ...] = ()
 
 
 def prepare_tokens(settings: DataSettings, *, model_dir: Path) -> None:
@@ -49,7 +51,8 @@ def build_datasets(settings: DataSettings, *, model_dir: Path, sequence_length: 
     sequence, and for tokens that the model's vocabulary does not have.
     """
     vocabulary = vocabulary_size(model_dir)
-    arrays = _arrays(settings, model_dir, vocabulary, seed)
+    split = split_files(settings)
+    arrays = _arrays(split, settings, model_dir, vocabulary, seed)
     if arrays.facts.largest_token >= vocabulary:
         raise UserError(
             f"the tokenizer in {model_dir} gave token {arrays.facts.largest_token}, but config.json has "
@@ -70,7 +73,7 @@ def build_datasets(settings: DataSettings, *, model_dir: Path, sequence_length: 
         )
     # one more than asked for: the first token has no prediction
     most = settings.max_validation_tokens + 1 if settings.max_validation_tokens else 0
-    return Datasets(train, dataset(arrays.validation, most, "held-out"), arrays.facts)
+    return Datasets(train, dataset(arrays.validation, most, "held-out"), arrays.facts, split.left_out)
 
 
 def vocabulary_size(model_dir: Path) -> int:
@@ -87,8 +90,7 @@ def vocabulary_size(model_dir: Path) -> int:
     return size
 
 
-def _arrays(settings: DataSettings, model_dir: Path, vocabulary: int, seed: int) -> TokenArrays:
-    split = split_files(settings)
+def _arrays(split: Split, settings: DataSettings, model_dir: Path, vocabulary: int, seed: int) -> TokenArrays:
     if settings.source != "random":
         return text_tokens(split, model_dir)
     train = _random_tokens(f"train {seed}", settings.max_train_tokens or RANDOM_TRAIN_TOKENS, vocabulary)
@@ -98,7 +100,7 @@ def _arrays(settings: DataSettings, model_dir: Path, vocabulary: int, seed: int)
         return TokenArrays(train, held_out.validation, f"random {held_out.fingerprint}", facts)
     count = settings.max_validation_tokens + 1 if settings.max_validation_tokens else RANDOM_VALIDATION_TOKENS
     validation = _random_tokens(f"held-out {seed}", count, vocabulary)
-    facts = TokenFacts(len(train), 0, 0, count, 0, 0, vocabulary - 1)
+    facts = TokenFacts(len(train), 0, 0, count, 0, 0, vocabulary - 1, "")
     return TokenArrays(train, validation, "random", facts)
 
 

@@ -21,8 +21,9 @@ class DataSettings:
     `random` draws uniform random tokens, with which distillation still works, only less well."""
 
     files: list[str] = field(default_factory=list)
-    """Training text for `source=text`: UTF-8 files, directories (their .txt, .md, .rst, .py and .jsonl files, at any
-    depth) and globs. Each line of a .jsonl file is one document, its text under the key "text"."""
+    """Training text for `source=text`: UTF-8 files, directories (their .txt, .md, .rst, .py, .jsonl, .ndjson and
+    .json files, at any depth; what is left out is said) and globs. A JSON record, on a line or in an array, is one
+    document, its text under the key "text"."""
 
     validation_files: list[str] = field(default_factory=list)
     """Held-out text, given in the same way. Empty: a hash of each file's name holds out about 5 % of the files, or,

@@ -11,21 +11,23 @@ truncated held-out set is then a fair sample, not "everything under `a`".
 
 import glob
 import hashlib
-import json
 import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from megaqad.data.settings import DataSettings
+from megaqad.data.text_files import RECORD_SUFFIXES, Document, begins_with_text, documents, read_bytes
 from megaqad.errors import UserError
 
 HELD_OUT_SHARE = 0.05
 FEWEST_FILES_TO_SPLIT = 20
 """Below this a split by file may hold out half of the text or none: the tail of every file is held out instead."""
 
-TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".jsonl"})
+TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py"}) | RECORD_SUFFIXES
+"""Of the files that are read of a directory, in any case."""
 
 STDLIB_SKIPPED = frozenset(
     {
@@ -44,41 +46,12 @@ class SourceFile:
     path: Path
 
     def content(self) -> bytes:
-        """The bytes as they are on disk. Errors: `UserError` when the file cannot be read."""
-        try:
-            return self.path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be read ({error.strerror}): fix that or leave it out") from None
+        """As `text_files.read_bytes`."""
+        return read_bytes(self.path)
 
-    def documents(self) -> Iterator[str]:
-        """The texts in the file: one, or one per line of a .jsonl file.
-
-        Errors: `UserError` naming the file and the byte offset (not UTF-8) or the line (not a JSON text record).
-        """
-        content = self.content()
-        try:
-            text = content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self.path} is not UTF-8 (byte 0x{content[error.start]:02x} at offset {error.start}): "
-                "convert it with iconv or leave it out of data.files"
-            ) from None
-        if self.path.suffix != ".jsonl":
-            yield text
-            return
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                yield _record_text(line, f"{self.path} line {number}")
-
-
-def _record_text(line: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error.msg}): fix the line or leave it out") from None
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise UserError(f'{where} has no text: each line must be a JSON object with a string under "text"')
-    return record["text"]
+    def documents(self) -> Iterator[Document]:
+        """As `text_files.documents`."""
+        return documents(self.path, self.content())
 
 
 @dataclass(frozen=True)
@@ -88,6 +61,8 @@ class Split:
     train: tuple[SourceFile, ...]
     held_out: tuple[SourceFile, ...]
     by_tail: bool
+    left_out: tuple[Path, ...] = ()
+    """Files of a directory that hold no text which can be read."""
 
 
 def name_share(name: str) -> float:
@@ -100,48 +75,66 @@ def split_files(settings: DataSettings) -> Split:
 
     Errors: `UserError` when nothing matches, or when a file is named both for training and for validation.
     """
-    explicit = find_files(settings.validation_files, "data.validation_files") if settings.validation_files else ()
+    explicit, left_out = find_files(settings.validation_files, "data.validation_files")
     if settings.source == "random":
-        return Split((), explicit, by_tail=False)
+        return Split((), explicit, by_tail=False, left_out=left_out)
     if settings.source == "text" and not settings.files:
         raise UserError("data.files is empty: give data=<file.txt>, a directory or a glob, or data=stdlib")
-    files = stdlib_files() if settings.source == "stdlib" else find_files(settings.files, "data.files")
+    found = Found(stdlib_files(), ()) if settings.source == "stdlib" else find_files(settings.files, "data.files")
+    files, left_out = found.files, tuple(dict.fromkeys((*found.left_out, *left_out)))
     if explicit:
         both = {file.path.resolve() for file in files} & {file.path.resolve() for file in explicit}
         if both:
             raise UserError(f"{min(both)} is in data.files and in data.validation_files: it may only be in one of them")
-        return Split(files, explicit, by_tail=False)
+        return Split(files, explicit, by_tail=False, left_out=left_out)
     if len(files) < FEWEST_FILES_TO_SPLIT:
-        return Split(files, files, by_tail=True)
+        return Split(files, files, by_tail=True, left_out=left_out)
     held_out = tuple(file for file in files if name_share(file.name) < HELD_OUT_SHARE) or files[:1]
-    return Split(tuple(file for file in files if file not in held_out), held_out, by_tail=False)
+    train = tuple(file for file in files if file not in held_out)
+    return Split(train, held_out, by_tail=False, left_out=left_out)
 
 
-def find_files(patterns: list[str], setting: str) -> tuple[SourceFile, ...]:
+class Found(NamedTuple):
+    """What patterns stand for."""
+
+    files: tuple[SourceFile, ...]
+    left_out: tuple[Path, ...]
+    """As in `Split`."""
+
+
+def find_files(patterns: list[str], setting: str) -> Found:
     """Expand files, directories and globs; names are relative to the deepest folder that holds all of them.
 
     Returns each file once, in the order of `name_share`. Errors: `UserError` when a pattern matches no file.
     """
+    if not patterns:
+        return Found((), ())
     found: dict[Path, None] = {}
+    passed_over: dict[Path, None] = {}
     for pattern in patterns:
-        matches = _expand(pattern)
+        matches, others = _expand(pattern)
+        passed_over.update(dict.fromkeys(path.absolute() for path in others))
         if not matches:
             wanted = f" with one of the endings {', '.join(sorted(TEXT_SUFFIXES))}" if Path(pattern).is_dir() else ""
             raise UserError(f"{setting}: no file matches {pattern}{wanted} (looked from {Path.cwd()})")
         found.update(dict.fromkeys(path.absolute() for path in matches))
     folder = Path(os.path.commonpath([path.parent for path in found]))
-    return _in_order([SourceFile(path.relative_to(folder).as_posix(), path) for path in found])
+    files = _in_order([SourceFile(path.relative_to(folder).as_posix(), path) for path in found])
+    return Found(files, tuple(path for path in passed_over if path not in found))
 
 
-def _expand(pattern: str) -> list[Path]:
-    """The files a pattern stands for; a directory's hidden files and folders (.git, .venv) are left out."""
+def _expand(pattern: str) -> tuple[list[Path], list[Path]]:
+    """The files a pattern stands for, and those of a directory that hold no text; hidden ones (.git, .venv) are none
+    of it."""
     path = Path(pattern).expanduser()
     if path.is_file():
-        return [path]
-    if path.is_dir():
-        inside = [p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file()]
-        return [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    return [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+        return [path], []
+    if not path.is_dir():
+        return [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()], []
+    inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
+    shown = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    texts = {p for p in shown if p.suffix.lower() in TEXT_SUFFIXES and (p.suffix != ".json" or begins_with_text(p))}
+    return [p for p in shown if p in texts], [p for p in shown if p not in texts]
 
 
 def stdlib_files() -> tuple[SourceFile, ...]:

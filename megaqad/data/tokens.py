@@ -6,7 +6,8 @@ another folder; nothing is ever updated in place. A folder is written under a te
 complete, so a reader sees all of it or nothing, and two writers at once do no harm (the second drops its copy).
 
     $MEGAQAD_CACHE or ~/.cache/megaqad
-      tokens/<hash>/train.npy, validation.npy    int32 [N], a document is followed by the tokenizer's end token
+      tokens/<hash>/train.npy, validation.npy    int32 [N], a document begins as the tokenizer begins one
+                                               (often with <s>) and is followed by its end token
                     facts.json                   counts a report wants, largest token id
 
 int32 is half the memory of the int64 that embedding layers take; a batch is widened when it is cut.
@@ -28,7 +29,7 @@ import numpy.typing as npt
 from megaqad.data.sources import HELD_OUT_SHARE, SourceFile, Split
 from megaqad.errors import StoppedEarly, UserError
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Part of the cache's hash: raise it when the same input must give other arrays."""
 
 PIECE_CHARACTERS = 4_000_000
@@ -66,6 +67,8 @@ class TokenFacts:
     validation_files: int
     validation_bytes: int
     largest_token: int
+    beginning: str
+    """What every document begins with, as the tokenizer writes it; empty for tokenizers that add nothing."""
 
 
 class Encoder(Protocol):
@@ -74,6 +77,8 @@ class Encoder(Protocol):
     eos_token_id: int | None
 
     def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> dict[str, list[list[int]]]: ...
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]: ...
 
 
 def cache_dir() -> Path:
@@ -98,7 +103,7 @@ def load_tokenizer(model_dir: Path) -> Encoder:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except StoppedEarly:  # a signal that came in the meantime
         raise
     except Exception as error:  # the Rust tokenizers raise plain Exception for a broken file
@@ -107,6 +112,20 @@ def load_tokenizer(model_dir: Path) -> Encoder:
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {model_dir} has no end token: set eos_token in tokenizer_config.json")
     return tokenizer
+
+
+def beginning(tokenizer: Encoder) -> list[int]:
+    """What the tokenizer puts before a text: often ``<s>``, often nothing. Engines put it before every prompt.
+
+    Errors: `UserError` for a tokenizer that changes the text itself when it adds special tokens.
+    """
+    marked, plain = (
+        tokenizer(["a"], add_special_tokens=special, verbose=False)["input_ids"][0] for special in (True, False)
+    )
+    for start in range(len(marked) - len(plain) + 1):
+        if marked[start : start + len(plain)] == plain:
+            return marked[:start]
+    raise UserError(f"the tokenizer reads 'a' as {plain}, with its special tokens as {marked}: copy the model's own")
 
 
 def text_tokens(split: Split, model_dir: Path, folder: Path | None = None) -> TokenArrays:
@@ -136,12 +155,13 @@ def _fingerprint(split: Split, model_dir: Path) -> str:
 
 
 def _tokenize(split: Split, tokenizer: Encoder) -> tuple[Tokens, Tokens, TokenFacts]:
+    first = beginning(tokenizer)
     if split.by_tail:
-        halves = [_cut_tail(_file_tokens(file, tokenizer)) for file in split.train]
+        halves = [_cut_tail(_file_tokens(file, tokenizer, first)) for file in split.train]
         train, validation = _joined(head for head, _ in halves), _joined(tail for _, tail in halves)
     else:
-        train = _joined(_file_tokens(file, tokenizer) for file in split.train)
-        validation = _joined(_file_tokens(file, tokenizer) for file in split.held_out)
+        train = _joined(_file_tokens(file, tokenizer, first) for file in split.train)
+        validation = _joined(_file_tokens(file, tokenizer, first) for file in split.held_out)
     for side, files, tokens in (("training", split.train, train), ("held-out", split.held_out, validation)):
         if files and len(tokens) < 2:
             others = f" and {len(files) - 1} others" if len(files) > 1 else ""
@@ -155,18 +175,31 @@ def _tokenize(split: Split, tokenizer: Encoder) -> tuple[Tokens, Tokens, TokenFa
         validation_files=len(split.held_out),
         validation_bytes=sum(file.path.stat().st_size for file in split.held_out),
         largest_token=int(max(train.max(initial=0), validation.max(initial=0))),
+        beginning="".join(tokenizer.convert_ids_to_tokens(first)),
     )
     return train, validation, facts
 
 
-def _file_tokens(file: SourceFile, tokenizer: Encoder) -> Tokens:
-    """Every document of a file, each followed by the end token: int32 [N]."""
-    parts: list[list[int]] = []
-    for document in file.documents():
+def _file_tokens(file: SourceFile, tokenizer: Encoder, first: list[int]) -> Tokens:
+    """Every document of a file between `first` and the end token, each once: int32 [N]."""
+    parts: list[Tokens] = []
+    for where, document in file.documents():
         if document:
-            parts.extend(tokenizer(list(_pieces(document)), add_special_tokens=False, verbose=False)["input_ids"])
-            parts.append([tokenizer.eos_token_id or 0])
-    return _joined(np.asarray(part, dtype=np.int32) for part in parts)
+            parts.append(_document_tokens(where, document, tokenizer, first))
+    return _joined(parts)
+
+
+def _document_tokens(where: str, document: str, tokenizer: Encoder, first: list[int]) -> Tokens:
+    try:
+        pieces = tokenizer(list(_pieces(document)), add_special_tokens=False, verbose=False)["input_ids"]
+    except StoppedEarly:
+        raise
+    except Exception as error:  # the Rust tokenizers raise plain Exception
+        raise UserError(f"{where} cannot be tokenized ({error}): leave it out") from error
+    tokens, end = _joined(np.asarray(piece, dtype=np.int32) for piece in pieces), tokenizer.eos_token_id
+    begins = first and tokens[: len(first)].tolist() != first
+    ends = len(tokens) == 0 or tokens[-1] != end
+    return _joined([np.asarray(first if begins else [], np.int32), tokens, np.asarray([end] if ends else [], np.int32)])
 
 
 def _pieces(document: str) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """What the stages of a recovery share: ranks, the model's description, the data, teachers and students."""
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -163,9 +164,12 @@ class Session:
         """One line on the data, for the terminal and the report."""
         facts = self.data.facts
         files = f" of {facts.train_files} files" if facts.train_files else ""
+        begins = f"; every document begins with {facts.beginning}" if facts.beginning else ""
+        endings = Counter(path.suffix.lower() or path.name for path in self.data.left_out)
+        named = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(MOST_NAMED))
         return (
             f"{self.settings.data.source}, {facts.train_tokens:,} training tokens{files}, "
-            f"{facts.validation_tokens:,} held out"
+            f"{facts.validation_tokens:,} held out{begins}{named and f'; files left out, no text: {named}'}"
         )
 
     def random_model(self) -> Model:

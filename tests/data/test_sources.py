@@ -25,18 +25,25 @@ def test_names_do_not_depend_on_where_the_folder_is(tmp_path: Path, monkeypatch:
     some = [f"{part}/{i}.txt" for part in ("a", "b") for i in range(30)]
     for place in ("here", "there/deeper"):
         write(tmp_path / place, some)
-    here = find_files([str(tmp_path / "here")], "data.files")
-    there = find_files([str(tmp_path / "there/deeper/**/*.txt")], "data.files")
+    here = find_files([str(tmp_path / "here")], "data.files").files
+    there = find_files([str(tmp_path / "there/deeper/**/*.txt")], "data.files").files
     monkeypatch.chdir(tmp_path / "here")
-    from_within = find_files(["b", "a", "a/1.txt"], "data.files")
+    from_within = find_files(["b", "a", "a/1.txt"], "data.files").files
     assert names(here) == names(there) == names(from_within)
     assert sorted(names(here)) == sorted(some), "each file once"
 
 
 def test_a_directory_gives_its_text_files_only(tmp_path: Path):
     write(tmp_path, ["a.txt", "deep/b.md", "c.bin", ".git/d.txt", ".hidden.txt"])
-    assert sorted(names(find_files([str(tmp_path)], "data.files"))) == ["a.txt", "deep/b.md"]
-    assert names(find_files([str(tmp_path / "c.bin")], "data.files")) == ["c.bin"], "named explicitly: any ending"
+    (tmp_path / "settings.json").write_text('{"name": "of a package"}')
+    (tmp_path / "records.json").write_text('[{"text": "a"}]')
+    (tmp_path / "LINES.JSONL").write_text('{"text": "a"}')
+    files, left_out = find_files([str(tmp_path)], "data.files")
+    assert sorted(names(files)) == ["LINES.JSONL", "a.txt", "deep/b.md", "records.json"]
+    assert sorted(path.name for path in left_out) == ["c.bin", "settings.json"]
+    assert split_files(DataSettings(files=[str(tmp_path)])).left_out == left_out
+    explicit = find_files([str(tmp_path / "c.bin")], "data.files")
+    assert (names(explicit.files), explicit.left_out) == (["c.bin"], ()), "named explicitly: any ending"
 
 
 def test_split_by_file(tmp_path: Path):
@@ -94,7 +101,7 @@ def test_stdlib_leaves_out_what_differs_between_machines():
 def test_jsonl_holds_a_document_per_line(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "first\nline"}) + "\n\n" + json.dumps({"text": "zwei ü"}) + "\n", "utf-8")
-    assert list(SourceFile("a.jsonl", path).documents()) == ["first\nline", "zwei ü"]
+    assert [text for _, text in SourceFile("a.jsonl", path).documents()] == ["first\nline", "zwei ü"]
 
 
 @pytest.mark.parametrize(

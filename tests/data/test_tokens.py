@@ -11,6 +11,8 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from megaqad.data import DataSettings, build_datasets, prepare_tokens, tokens
 from megaqad.data.sources import split_files
@@ -87,6 +89,42 @@ def test_documents_end_with_the_end_token(tmp_path: Path):
     arrays = text_tokens(split_files(settings), TEACHER)
     assert sorted(tokenizer.decode(arrays.train).split("<|endoftext|>")) == ["", "a text", "b text"]
     assert tokenizer.decode(arrays.validation) == "eins<|endoftext|>zwei<|endoftext|>"
+
+
+def test_documents_begin_as_the_tokenizer_begins_them(model: Path, tmp_path: Path):
+    """Engines put it before every prompt; a text that has it already, or that ends in the end token, gets no second."""
+    path = model / "tokenizer.json"
+    fast = Tokenizer.from_file(str(path))
+    begin, end = fast.token_to_id("!"), tokenizer.eos_token_id
+    fast.post_processor = TemplateProcessing(single="! $A", special_tokens=[("!", begin)])
+    fast.save(str(path))
+    texts = ["one", "!two", "three<|endoftext|>", "<|endoftext|>"]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("words, many of them")
+    split = split_files(DataSettings(files=[str(file)], validation_files=[str(held_out)]))
+    arrays = text_tokens(split, model)
+    documents = [
+        *([begin, *fast.encode("one", add_special_tokens=False).ids, end]),
+        *([*fast.encode("!two", add_special_tokens=False).ids, end]),
+        *([begin, *fast.encode("three", add_special_tokens=False).ids, end]),
+        *([begin, end]),
+    ]
+    assert arrays.train.tolist() == documents
+    assert arrays.facts.beginning == "!"
+    assert text_tokens(split, TEACHER).facts.beginning == ""
+
+
+def test_text_that_cannot_be_tokenized_is_named(text: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(texts: list[str], **_: object) -> dict:
+        if texts == ["a"]:
+            return {"input_ids": [[1]]}
+        raise RuntimeError("no such piece")
+
+    monkeypatch.setattr(tokens, "load_tokenizer", lambda _: fail)
+    with pytest.raises(UserError, match=r"text\.txt cannot be tokenized \(no such piece\): leave it out"):
+        build(text)
 
 
 def test_a_long_document_is_cut_at_line_ends_only(text: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
