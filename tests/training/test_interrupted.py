@@ -31,9 +31,9 @@ def reference(runner):
 
 
 def test_one_run_killed_and_stopped(runner, reference, tmp_path):
-    """Killed while writing a checkpoint; asked to stop; then let go."""
+    """Killed between the rename of a checkpoint and ``latest``; asked to stop; then let go."""
     run_dir = tmp_path / "run"
-    command = runner.start(run_dir, faults=[("kill", "checkpoint write", 60, 1)])
+    command = runner.start(run_dir, faults=[("kill", "latest", 1, 0, False)])
     assert command.wait() == KILLED, command.output
     command = runner.start(run_dir, faults=[("slow", "data", 0.3)])
     wait_until(lambda: "going on from" in command.output)
