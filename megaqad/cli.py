@@ -6,6 +6,7 @@ one line on standard error; 3 stopped early with everything saved; anything else
 """
 
 import importlib
+import io
 import logging
 import os
 import sys
@@ -79,6 +80,9 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name or a table that the terminal cannot show ends no run
+            stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else EXIT_USER_ERROR
@@ -124,6 +128,7 @@ def _run(name: str, overrides: list[str]) -> int:
     if launch.is_rank():
         launch.end_with_launcher()
         signals.listen()
+    config.check_form(overrides)
     settings = config.load_settings([*command.presets, *overrides])
     architecture = config.check_settings(name, settings)
     if command.writes_run:

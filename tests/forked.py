@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.overrides import merged
+
 REPOSITORY = Path(__file__).parent.parent
 LONGEST_SECONDS = 240.0
 
@@ -110,6 +112,7 @@ class CommandServer:
             folder: new directory for output and process ids.
             faults: (function of ``tests.faults.injection``, arguments...) for every rank.
         """
+        arguments = merged(arguments)
         folder.mkdir(parents=True)
         request = {
             "folder": str(folder),

@@ -6,7 +6,7 @@ cannot work, ``help.py`` prints them.
 
 from megaqad.config.checks import check_data, check_settings
 from megaqad.config.help import settings_help
-from megaqad.config.load import load_settings
+from megaqad.config.load import check_form, load_settings
 from megaqad.config.settings import CheckpointSettings, Settings, TrainSettings
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Settings",
     "TrainSettings",
     "check_data",
+    "check_form",
     "check_settings",
     "load_settings",
     "settings_help",

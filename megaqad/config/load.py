@@ -4,6 +4,7 @@ Three things stand before Hydra's grammar: paths are quoted for it, ``data=<path
 ``quantization=`` takes files and ModelOpt's recipes beside the names in ``conf/quantization``.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, replace
@@ -11,8 +12,8 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megaqad.config.settings import Settings
@@ -41,20 +42,52 @@ def conf_dir() -> Path:
     return packaged if packaged.is_dir() else package.parent / "conf"
 
 
+def check_form(overrides: Sequence[str]) -> None:
+    """Refuse what is no ``key=value``, and settings that are given twice: neither can be what was meant.
+
+    Raises:
+        UserError: the first of them, with the right form.
+    """
+    given: dict[str, str] = {}
+    for place, override in enumerate(overrides):
+        key, separator, value = override.partition("=")
+        if key.startswith("-") or not (separator or key.startswith("~")):
+            following = next(iter(overrides[place + 1 : place + 2]), "")
+            value = value or (
+                "<value>" if not following or "=" in following or following.startswith("-") else following
+            )
+            raise UserError(f"{override} is no setting: settings are written key=value, like {key.lstrip('-')}={value}")
+        name = key.lstrip("+")
+        if given.get(name, override) != override:
+            raise UserError(f"{name} is given twice, {given[name]} and {override}: leave one of them out")
+        given[name] = override
+
+
 def load_settings(overrides: Sequence[str]) -> Settings:
     """Compose ``conf/config.yaml`` with ``key=value`` overrides into typed settings.
 
-    ``data=<file, directory or glob>`` is short for ``data=text data.files=[...]``.
+    Of two overrides for one key the last counts. ``data=<file, directory or glob>`` is short for ``data=text
+    data.files=[...]``. ``~`` in a path is the home directory.
 
     Raises:
         UserError: an unknown key or group, a value of the wrong type, a required setting missing.
     """
-    ConfigStore.instance().store(name="settings", node=_schema())
+    schema = _schema()
+    for override in overrides:
+        _check_shape(override, schema)
+    ConfigStore.instance().store(name="settings", node=schema)
     recipe, overrides = _without_modelopt_recipe([_with_recipe_file(override) for override in overrides])
     expanded = [part for override in overrides for part in _plain_paths(override)]
     try:
         with initialize_config_dir(config_dir=str(conf_dir().resolve()), version_base="1.3"):
-            settings = OmegaConf.to_object(compose(config_name="config", overrides=expanded))
+            composed = compose(config_name="config", overrides=expanded)
+        for key in PATH_SETTINGS:
+            path = OmegaConf.select(composed, key)
+            OmegaConf.update(composed, key, path and os.path.expanduser(path))
+        settings = OmegaConf.to_object(composed)
+    except OverrideParseException as error:
+        key, _, value = str(error.override).partition("=")
+        raise UserError(f"{key}={value} cannot be read: a value with other signs is quoted, \"{key}='...'\"") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from error
     except FrozenInstanceError as error:  # ``+group.name=`` has added what the settings do not have
@@ -64,10 +97,28 @@ def load_settings(overrides: Sequence[str]) -> Settings:
     return settings if recipe is None else _with_modelopt_recipe(settings, recipe)
 
 
+def _check_shape(override: str, schema: DictConfig) -> None:
+    """Refuse one value for a list, a mapping or a group, and several for one, in words of our own."""
+    key, _, value = override.partition("=")
+    key, groups = key.lstrip("+"), [path.name for path in conf_dir().iterdir() if path.is_dir()]
+    if key in (*groups, *PATH_SETTINGS) or value.startswith(("[", "{", "'", '"')):
+        return
+    setting = OmegaConf.select(schema, key)
+    if isinstance(setting, ListConfig):
+        raise UserError(f"{override}: this setting is a list, written {key}=[{value}]")
+    if isinstance(setting, DictConfig) and OmegaConf.get_type(setting) is dict:
+        raise UserError(f"{override}: this setting is a mapping, written {key}={{name: value}}")
+    if isinstance(setting, DictConfig):
+        members = ", ".join(f"{key}.{name!s}" for name in setting)
+        raise UserError(f"{override}: {key} is a group of settings, given one by one: {members}")
+    if "," in value:
+        raise UserError(f"{override}: this setting takes one value; launch/sweep.sh runs a command for each of several")
+
+
 def _with_recipe_file(override: str) -> str:
     """``quantization=<file>`` by the name under which Hydra then knows the file; other overrides as they are."""
     key, _, value = override.partition("=")
-    recipe = own_recipe(value) if key == "quantization" else None
+    recipe = own_recipe(os.path.expanduser(value)) if key == "quantization" else None
     if recipe is None:
         return override
     ConfigStore.instance().store(group="quantization", name=RECIPE_FILE, node=recipe)

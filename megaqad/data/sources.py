@@ -116,7 +116,8 @@ def find_files(patterns: list[str], setting: str) -> Found:
         passed_over.update(dict.fromkeys(path.absolute() for path in others))
         if not matches:
             wanted = f" with one of the endings {', '.join(sorted(TEXT_SUFFIXES))}" if Path(pattern).is_dir() else ""
-            raise UserError(f"{setting}: no file matches {pattern}{wanted} (looked from {Path.cwd()})")
+            several = f"; several are written {setting}=[{pattern}]" if "," in pattern else ""
+            raise UserError(f"{setting}: no file matches {pattern}{wanted} (looked from {Path.cwd()}){several}")
         found.update(dict.fromkeys(path.absolute() for path in matches))
     folder = Path(os.path.commonpath([path.parent for path in found]))
     files = _in_order([SourceFile(path.relative_to(folder).as_posix(), path) for path in found])

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,19 +16,22 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from megaqad.config import Settings
 from megaqad.errors import UserError
 from megaqad.runtime.files import write_text_whole
 from megaqad.runtime.watchdog import Watchdog
 
-LINE_SECONDS = 30.0
-"""Between lines of progress in a log."""
+LINE_SECONDS = 10.0
+"""Between lines of progress in a log, at least; and a hundred lines for a whole task at most."""
+LINES = 100
 
 
 class MetricsLog:
@@ -135,7 +139,8 @@ class Terminal:
 
     def say(self, message: str) -> None:
         """One line, after the seconds since the command began."""
-        self.console.print(f"[dim]{time.monotonic() - self._started:6.1f}s[/dim]  {message}", soft_wrap=True)
+        since = Text(f"{time.monotonic() - self._started:6.1f}s", style="dim")
+        self.console.print(since + Text(f"  {message}"), soft_wrap=True)  # brackets in a message are no markup
 
     @property
     def seconds(self) -> float:
@@ -144,7 +149,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def progress(self, title: str, total: int, *, done: int = 0) -> Iterator[Progress]:
-        """A progress bar with one task, ``task_ids[0]``; where there is no terminal, one line when it is done."""
+        """A progress bar with one task, ``task_ids[0]``; where there is no terminal, lines."""
         with self._bar(title, total, done) as progress:
             yield progress
         if not self.console.is_terminal:
@@ -152,16 +157,10 @@ class Terminal:
 
     @contextlib.contextmanager
     def parts(self, title: str) -> Iterator[Callable[[str, int, int], None]]:
-        """A progress bar for work in several parts: tell it which part, steps done, steps in all. Where there is no
-        terminal, a line every half minute."""
-        said = time.monotonic()
+        """A progress bar for work in several parts: tell it which part, steps done, steps in all."""
 
         def tell(part: str, done: int, total: int) -> None:
-            nonlocal said
             progress.update(progress.task_ids[0], description=f"{title}, {part}", completed=done, total=total)
-            if not self.console.is_terminal and time.monotonic() - said > LINE_SECONDS:
-                said = time.monotonic()
-                self.say(f"{title}, {part}: {done} of {total}")
 
         with self._bar(title, 1, 0) as progress:
             yield tell
@@ -169,28 +168,55 @@ class Terminal:
     @contextlib.contextmanager
     def _bar(self, title: str, total: int, done: int) -> Iterator[Progress]:
         columns = (
-            TextColumn("        {task.description}"),
+            TextColumn("        {task.description}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         watched = self._watchdog.armed(title) if self._watchdog is not None else contextlib.nullcontext()
         shown = _WatchedProgress(*columns, console=self.console, disable=not self.console.is_terminal)
         shown.watchdog = self._watchdog
+        shown.lines = None if self.console.is_terminal else _Lines(self.say)
         with watched, shown as progress:
             progress.add_task(title, total=total, completed=done, note="")
             yield progress
 
 
+class _Lines:
+    """Progress in a log, where no bar can be drawn: how far, what is left, and the task's note."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._begun: tuple[str, float, float] | None = None
+        self._said = (time.monotonic(), 0.0)
+
+    def update(self, task: Task) -> None:
+        """Say a line if one is due."""
+        now, done, total = time.monotonic(), task.completed, task.total or 0
+        if self._begun is None or self._begun[0] != task.description or done < self._said[1]:
+            self._begun, self._said = (task.description, now, done), (now, done)
+        before, done_before = self._said
+        if now - before < LINE_SECONDS or done - done_before < total / LINES or done >= total:
+            return
+        _, begun, done_then = self._begun
+        left = (now - begun) / (done - done_then) * (total - done)
+        self._said = now, done
+        note = f"  {task.fields['note']}" if task.fields["note"] else ""
+        self._say(f"{task.description}: {done:.0f} of {total:.0f}{note}  {timedelta(seconds=round(left))} left")
+
+
 class _WatchedProgress(Progress):
-    """A progress bar whose updates feed the watchdog."""
+    """A progress bar whose updates feed the watchdog, or the log."""
 
     watchdog: Watchdog | None = None
+    lines: _Lines | None = None
 
     def update(self, task_id: TaskID, *args: Any, **kwargs: Any) -> None:
         super().update(task_id, *args, **kwargs)
+        if self.lines is not None:
+            self.lines.update(self.tasks[task_id])
         if self.watchdog is not None:
             task = self.tasks[task_id]
             self.watchdog.tick(f"{task.description}, {task.completed:.0f} of {task.total:.0f} done")

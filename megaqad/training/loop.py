@@ -57,6 +57,8 @@ class Loop:
     """Held-out numbers, logged with the step; collective over all ranks. Calls its argument as it gets on."""
     validate_every: int
     """0: never while training."""
+    held_out: str = ""
+    """The newest held-out KL, for the terminal."""
     remark: dict[str, Any] | None = None
     """What the next row of the log says beside its numbers."""
 
@@ -102,8 +104,11 @@ class Loop:
         if self.validate_every and (position.step % self.validate_every == 0 or position.step == self.settings.steps):
             row["validation"] = self.validate(tick)
             validation_kl = row["validation"].get("kl_to_teacher")
+            self.held_out = "" if validation_kl is None else f"  held-out KL {validation_kl:.4f}"
         self.log.write(row)
-        progress.update(progress.task_ids[0], completed=position.step, note=f"loss {result.loss:.4f}")
+        rate = f"{result.tokens / (time.perf_counter() - started):,.0f} tokens/s"
+        note = f"loss {result.loss:.4f}{self.held_out}  {rate}"
+        progress.update(progress.task_ids[0], completed=position.step, note=note)
         due = position.step % self.save_every == 0 or position.step == self.settings.steps
         if due:
             position = replace(position, rollbacks=0)

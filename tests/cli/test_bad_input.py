@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from megaqad.cli import main
+from megaqad.config import load_settings
 from megaqad.runtime import launch
 from tests.models.checkpoints import make_checkpoint
+from tests.overrides import merged
 
 TRAIN = ["data=random", "train.global_batch_size=4", "train.sequence_length=32"]
 
@@ -36,7 +38,7 @@ def changed(model, tmp_path):
 
 def refusal(capsys, arguments):
     """Run the command here; the single line it refuses with."""
-    code = main([str(argument) for argument in arguments])
+    code = main(merged(arguments))
     lines = capsys.readouterr().err.strip().splitlines()
     assert code == 2, lines
     assert len(lines) == 1
@@ -110,6 +112,44 @@ def test_settings_are_refused(capsys, model, tmp_path, overrides, said):
     for words in said:
         assert words in line
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "/x"], "--model is no setting: settings are written key=value, like model=/x"),
+        (["--model=/x"], "--model=/x is no setting: settings are written key=value, like model=/x"),
+        (["model"], "like model=<value>"),
+        (["-v", "seed=1"], "like v=<value>"),
+        (["data=a", "data=b"], "data is given twice, data=a and data=b: leave one of them out"),
+        (["seed=1", "+seed=2"], "seed is given twice"),
+        (["quantization.exclude=lm_head"], "this setting is a list, written quantization.exclude=[lm_head]"),
+        (["quantization.formats=fp8"], "this setting is a mapping, written quantization.formats={name: value}"),
+        (["distill.loss=forward_kl"], "this setting is a mapping, written distill.loss={name: value}"),
+        (["parallel=2"], "parallel is a group of settings, given one by one: parallel.tensor, parallel.pipeline"),
+        (["train.lr=1e-4,1e-5"], "takes one value; launch/sweep.sh runs a command for each of several"),
+        (["train.lr=(("], "train.lr=(( cannot be read: a value with other signs is quoted"),
+        (["data=a.txt,b.txt", *TRAIN[1:]], "no file matches a.txt,b.txt"),
+        (["data=a.txt,b.txt", *TRAIN[1:]], "several are written data.files=[a.txt,b.txt]"),
+    ],
+)
+def test_the_right_form_is_shown(capsys, model, tmp_path, arguments, said):
+    code = main(
+        ["distill", f"output_dir={tmp_path / 'run'}", *([f"model={model}"] * ("model" not in arguments[0])), *arguments]
+    )
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert said in line
+
+
+def test_home_directories_are_found(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = ("model", "output_dir", "tokens", "student", "distill.teacher", "distill.cache")
+    settings = load_settings([f"{key}=~/{key}" for key in keys])
+    found = (settings.model, settings.output_dir, settings.tokens, settings.student)
+    assert (*found, settings.distill.teacher, settings.distill.cache) == tuple(str(tmp_path / key) for key in keys)
+    (tmp_path / "recipe.yaml").write_text("weights: fp8\nactivations: fp8\n")
+    assert load_settings(["quantization=~/recipe.yaml"]).quantization.weights == "fp8"
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from tests.forked import REPOSITORY, CommandServer
 from tests.golden.cases import DTYPES, Case
 from tests.models.checkpoints import CASES as MODELS
 from tests.models.checkpoints import make_checkpoint, random_tokens
+from tests.overrides import merged
 
 STEPS = 20
 SHARD_SIZES = {"mistral": "100KB"}
@@ -104,7 +105,7 @@ class Commands:
             command = self._server.start(self._folder / f"{self._started:05d}", arguments)
             return command.wait(), command.output
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-        plain = [sys.executable, "-m", "megaqad", *arguments]
+        plain = [sys.executable, "-m", "megaqad", *merged(arguments)]
         done = subprocess.run(plain, env=environment, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout + done.stderr
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from megaqad.cli import main
 from tests.faults.runs import SMALL, outcome
 from tests.models.checkpoints import make_checkpoint
+from tests.overrides import merged
 from tests.training.runs import copy_through_layout, differences, distill, losses, whole_tensors
 
 STEPS = 4
@@ -101,7 +102,7 @@ def test_close_on_another_layout(layout, finished, half, model, run_ranks):
 
 
 def refusal(capsys, arguments):
-    code = main(["distill", *arguments])
+    code = main(["distill", *merged(arguments)])
     lines = capsys.readouterr().err.strip().splitlines()
     assert code == 2
     assert len(lines) == 1
