@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from megaqad.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
@@ -51,7 +53,11 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if size != end:
         state = "truncated" if size < end else "longer than its header says"
         raise UserError(f"{path} is {state}: {size} bytes instead of {end}; copy it again")
-    return entries
+    try:
+        with safe_open(path, framework="numpy"):  # checks dtypes and shapes against the bytes, and gaps
+            return entries
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a safetensors file ({' '.join(str(error).split())}); copy it again") from error
 
 
 def _parse(path: Path, text: bytes, base: int) -> tuple[dict[str, TensorEntry], int]:
@@ -74,33 +80,84 @@ def _parse(path: Path, text: bytes, base: int) -> tuple[dict[str, TensorEntry], 
     return entries, max((entry.end for entry in entries.values()), default=base)
 
 
-def read_headers(model_dir: Path) -> dict[str, TensorEntry]:
-    """All tensors of a checkpoint directory: through its index when there is one, else ``model.safetensors``.
+@dataclass(frozen=True)
+class WeightFiles:
+    """Which files of a directory hold the weights, by transformers' rule: ``model.safetensors``, else the index."""
+
+    names: tuple[str, ...]
+    weight_map: dict[str, str]
+    """The index's file of each tensor; empty without an index."""
+    note: str | None = None
+    """What is passed over, for people."""
+
+
+def weight_files(model_dir: Path) -> WeightFiles:
+    """Those of ``model_dir``.
 
     Raises:
-        UserError: neither file, a broken index, an index that names a file outside the directory or a tensor that
-            its file does not hold, or a file that ``read_header`` refuses.
+        UserError: none; a broken index, or one that names files outside the directory; a single file beside all the
+            files of an index, of which one is another model's.
     """
-    model_dir = Path(model_dir)
     index = model_dir / INDEX_FILE
+    has_single = (model_dir / SINGLE_FILE).is_file()
     if not index.is_file():
-        if not (model_dir / SINGLE_FILE).is_file():
-            raise UserError(
-                f"{model_dir} holds neither {SINGLE_FILE} nor {INDEX_FILE}; convert the checkpoint to safetensors "
-                "(save_pretrained of transformers does)"
-            )
-        return read_header(model_dir / SINGLE_FILE)
-    entries: dict[str, TensorEntry] = {}
+        if not has_single:
+            raise UserError(f"{model_dir} {_no_weights(model_dir)}")
+        return WeightFiles((SINGLE_FILE,), {})
     weight_map = _weight_map(index)
-    for name in sorted(set(weight_map.values())):
+    names = tuple(sorted(set(weight_map.values())))
+    for name in names:
         path = PurePosixPath(name)
         # Lexical on purpose: the Hugging Face cache keeps its files behind links that lead out of the directory.
         if path.is_absolute() or ".." in path.parts:
             raise UserError(f"{index} names the file {name!r} outside {model_dir}; restore the original index")
-        entries.update(read_header(model_dir / path))
-    for tensor, name in weight_map.items():
-        if tensor not in entries or entries[tensor].file != model_dir / name:
-            raise UserError(f"{index} says {tensor} is in {name}, it is not; restore the original index and files")
+    if not has_single or SINGLE_FILE in names:
+        return WeightFiles(names, weight_map)
+    missing = [name for name in names if not (model_dir / name).is_file()]
+    if not missing:
+        raise UserError(
+            f"{model_dir} holds {SINGLE_FILE}, which transformers reads, and {INDEX_FILE} with other files ({names[0]} "
+            "..), which engines may read; remove one of the two"
+        )
+    note = f"{SINGLE_FILE} is read; {INDEX_FILE} beside it names {missing[0]}, which is not there"
+    return WeightFiles((SINGLE_FILE,), {}, note)
+
+
+def _no_weights(model_dir: Path) -> str:
+    """What a directory has in place of weights that can be read, and the way out."""
+    names = sorted(path.name for path in model_dir.iterdir() if path.is_file()) if model_dir.is_dir() else []
+    shards = [name for name in names if name.endswith(".safetensors")]
+    if shards:
+        return f"holds {shards[0]} without {INDEX_FILE}; copy the index from the original checkpoint"
+    others = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"))]
+    if others:
+        return (
+            f"holds its weights in {others[0]}, which is not read: only safetensors are; load it with transformers and "
+            "write it with save_pretrained"
+        )
+    return f"holds neither {SINGLE_FILE} nor {INDEX_FILE}; copy the missing files from the original checkpoint"
+
+
+def read_headers(model_dir: Path) -> dict[str, TensorEntry]:
+    """All tensors in the ``weight_files`` of a checkpoint directory, whether its index names them or not. One that the
+    index names and no file holds is left out: whether it is needed, the model says.
+
+    Raises:
+        UserError: as ``weight_files`` and ``read_header``; a tensor in two files without an index that chooses one.
+    """
+    model_dir = Path(model_dir)
+    files = weight_files(model_dir)
+    entries: dict[str, TensorEntry] = {}
+    for name in files.names:
+        for tensor, entry in read_header(model_dir / name).items():
+            chosen, other = files.weight_map.get(tensor), entries.get(tensor)
+            if other is None or chosen == name:
+                entries[tensor] = entry
+            elif chosen is None or other.file != model_dir / chosen:
+                raise UserError(
+                    f"{tensor} is in {other.file} and in {name}, and {INDEX_FILE} names neither; restore the original "
+                    "files"
+                )
     return entries
 
 

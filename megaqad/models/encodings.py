@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaqad.models.checkpoint_files import TensorEntry, read_headers
+from megaqad.models.checkpoint_files import TensorEntry, read_headers, weight_files
 from megaqad.nvfp4 import NVFP4Tensor, dequantize
 from megaqad.nvfp4.format import BLOCK_SIZE
 from megaqad.nvfp4.reference import decode_e8m0, unpack_e2m1
@@ -110,6 +110,8 @@ class Checkpoint:
         Raises:
             UserError: as ``read_headers``.
         """
+        self.note = weight_files(Path(model_dir)).note
+        """What is passed over in the directory, for people."""
         self.entries = read_headers(Path(model_dir))
         config = Path(model_dir) / "config.json"
         content = json.loads(config.read_text(encoding="utf-8-sig")) if config.is_file() else {}

@@ -72,17 +72,19 @@ class Session:
             terminal = Terminal(is_main=ranks.is_main, watchdog=Watchdog(patience, ranks.rank))
             session = cls(settings, describe_model(settings.model_dir), ranks, terminal)
             if command != "pretrain":
-                session._say_encodings()
+                session._say_what_is_read()
             if command is not None:
                 session._claim(command)
             undo.pop_all()
         return session
 
-    def _say_encodings(self) -> None:
+    def _say_what_is_read(self) -> None:
         if not self.ranks.is_main:
             return
-        kinds = Checkpoint(self.settings.model_dir).kinds(self.architecture.tensors)
-        for kind, count in kinds.items():
+        checkpoint = Checkpoint(self.settings.model_dir)
+        if checkpoint.note is not None:
+            self.terminal.say(f"{self.settings.model_dir}: {checkpoint.note}")
+        for kind, count in checkpoint.kinds(self.architecture.tensors).items():
             self.terminal.say(
                 f"{count} tensors of the model are stored in {kind}: read as the BF16 values they stand for"
             )

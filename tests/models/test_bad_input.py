@@ -1,6 +1,7 @@
 """Every broken checkpoint and impossible layout is refused with one line that names the value and the way out."""
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megaqad.errors import UserError
+from megaqad.models.checkpoint_files import read_headers
 from megaqad.models.checks import check_checkpoint, check_layout, check_sequence_length
+from megaqad.models.encodings import Checkpoint
 from megaqad.models.families import describe_model
 from megaqad.runtime.ranks import ParallelSizes
 from tests.models.checkpoints import make_checkpoint
@@ -160,7 +163,11 @@ def test_broken_header(folder: Path, header: bytes) -> None:
 
 def test_no_weights_at_all(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    refused(folder, "neither model.safetensors nor", "convert")
+    refused(folder, "neither model.safetensors nor", "copy the missing files")
+    (folder / "pytorch_model.bin").write_bytes(b"PK")
+    refused(folder, "holds its weights in pytorch_model.bin, which is not read", "save_pretrained")
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"")
+    refused(folder, "holds model-00001-of-00002.safetensors without model.safetensors.index.json", "copy the index")
 
 
 @pytest.mark.parametrize(
@@ -178,11 +185,68 @@ def test_index_that_points_elsewhere(folder: Path, file: str, words: list[str]) 
     refused(folder, *words)
 
 
-def test_index_with_a_tensor_its_file_lacks(folder: Path) -> None:
-    names = load_file(folder / "model.safetensors")
-    weight_map = dict.fromkeys([*names, "phantom"], "model.safetensors")
+def split(folder: Path, *, keep_single: bool = False) -> dict[str, str]:
+    """The weights in two files; what an index says of them."""
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, mine in halves.items():
+        save_file({name: tensors[name] for name in mine}, folder / file, {"format": "pt"})
+    if not keep_single:
+        (folder / "model.safetensors").unlink()
+    return {name: file for file, mine in halves.items() for name in mine}
+
+
+def write_index(folder: Path, weight_map: dict[str, str]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    refused(folder, "says phantom is in model.safetensors, it is not")
+
+
+def test_an_index_need_not_be_exact(folder: Path) -> None:
+    """It names files; what they hold decides, as in transformers."""
+    weight_map = split(folder)
+    first, second, *_ = weight_map
+    del weight_map[first]
+    write_index(folder, weight_map | {"phantom": "a.safetensors", second: "b.safetensors"})
+    check_checkpoint(describe_model(folder), folder)
+    assert len(read_headers(folder)) == len(weight_map) + 1
+
+
+def test_what_the_model_needs_must_be_there(folder: Path) -> None:
+    weight_map = split(folder)
+    tensors = load_file(folder / "a.safetensors")
+    gone = tensors.popitem()[0]
+    save_file(tensors, folder / "a.safetensors", {"format": "pt"})
+    write_index(folder, weight_map)
+    refused(folder, f"lacks {gone}")
+
+
+def test_a_tensor_in_two_files(folder: Path) -> None:
+    weight_map = split(folder)
+    shutil.copy(folder / "a.safetensors", folder / "c.safetensors")
+    write_index(folder, weight_map | {"more": "c.safetensors"})
+    assert {entry.file.name for entry in read_headers(folder).values()} == {"a.safetensors", "b.safetensors"}
+    twice = next(name for name, file in weight_map.items() if file == "a.safetensors")
+    del weight_map[twice]
+    write_index(folder, weight_map | {"more": "c.safetensors"})
+    refused(folder, f"{twice} is in", "a.safetensors and in c.safetensors, and", "names neither")
+
+
+def test_one_file_beside_an_index(folder: Path) -> None:
+    """transformers takes the single file, engines what the index names."""
+    write_index(folder, split(folder, keep_single=True))
+    refused(folder, "holds model.safetensors, which transformers reads, and model.safetensors.index.json with other")
+    (folder / "b.safetensors").unlink()
+    assert {entry.file.name for entry in read_headers(folder).values()} == {"model.safetensors"}
+    note = Checkpoint(folder).note
+    assert note is not None
+    assert "model.safetensors is read; model.safetensors.index.json beside it names b.safetensors, which is" in note
+
+
+def test_a_header_that_contradicts_the_bytes(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"BF16"', b'"F32" ', 1))
+    refused(folder, "is not a safetensors file")
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
