@@ -159,7 +159,7 @@ def export_checkpoint(
             files.write_json(folder, name, content)
         files.copy_side_files(folder, model_dir)
         if model.ranks.is_main:
-            files.write_json(folder, MANIFEST_FILE, manifest.content(sorted(folder.iterdir())))
+            files.write_json(folder, MANIFEST_FILE, manifest.content(sorted(folder.iterdir()), plan.note))
     return list(carried)
 
 

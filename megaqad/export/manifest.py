@@ -41,9 +41,9 @@ class Manifest:
             self._tensors[name] = tensor_digest(tensor)
             yield name, tensor
 
-    def content(self, files: Sequence[Path]) -> dict[str, Any]:
-        """What ``megaqad_manifest.json`` holds: the tensors seen, the names of the ``files`` that hold them, and
-        checksums of the other, small ones."""
+    def content(self, files: Sequence[Path], note: str | None) -> dict[str, Any]:
+        """What ``megaqad_manifest.json`` holds: the tensors seen, the names of the ``files`` that hold them, checksums
+        of the other, small ones, and the plan's note."""
         weights = [path.name for path in files if path.suffix == ".safetensors"]
         small = [path for path in files if path.is_file() and path.name not in weights]
         folders = [path.name for path in files if path.is_dir()]
@@ -52,4 +52,5 @@ class Manifest:
             "tensors": self._tensors,
             "weights": [*weights, *folders],
             "files": {path.name: file_digest(path) for path in small},
+            **({} if note is None else {"note": note}),
         }

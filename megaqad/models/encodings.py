@@ -125,6 +125,11 @@ class Checkpoint:
             self._encodings[name] = encoding_of(name, self.entries, self._quantization)
         return self._encodings[name]
 
+    def file_of(self, name: str) -> Path:
+        """Where the elements of the tensor ``name`` are."""
+        encoding = self.encoding(name)
+        return self.entries[name if encoding is None else encoding.codes].file
+
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Of the values; None when there is no such tensor."""
         encoding = self.encoding(name)

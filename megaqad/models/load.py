@@ -14,10 +14,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megaqad.errors import UserError
 from megaqad.models.architecture import Architecture
 from megaqad.models.encodings import Checkpoint
 from megaqad.models.model import Model
 from megaqad.models.weights import HfTensor, Weight
+from megaqad.runtime.agree import together
 
 
 @dataclass
@@ -48,8 +50,17 @@ class SliceReader:
         self._stack.close()
 
     def fill(self, weight: Weight, local: Tensor) -> None:
-        """Write this rank's slices of a weight into its local tensor, cast to its dtype."""
-        weight.fill(local, [self.read(part) for part in weight.parts], self._ranks)
+        """Write this rank's slices of a weight into its local tensor, cast to its dtype.
+
+        Raises:
+            UserError: one of them holds NaN or Inf then.
+        """
+        values = [self.read(part).to(local.dtype) for part in weight.parts]
+        for part, value in zip(weight.parts, values, strict=True):
+            if not torch.isfinite(value).all():
+                path = self._checkpoint.file_of(part.name)
+                raise UserError(f"{path}: {part.name} holds NaN or Inf; repair the checkpoint, or copy it again")
+        weight.fill(local, values, self._ranks)
 
     def read(self, part: HfTensor) -> Tensor:
         """This rank's slice of one tensor, in the file's dtype, or BF16 of a number format, on the CPU."""
@@ -76,13 +87,17 @@ class SliceReader:
 def load_weights(model: Model, model_dir: Path) -> ReadStatistics:
     """Fill every parameter of this rank's chunks from ``model_dir``; cast to the parameters' dtype.
 
-    Call ``check_checkpoint`` first: it turns a wrong file into a clear message. No collectives, so ranks read at
-    their own pace; then those of ``Model.changed``. A tied head that lives on its own stage is read from the embedding.
+    Call ``check_checkpoint`` first: it turns a wrong file into a clear message. Ranks read at their own pace; then a
+    flag over all of them, and the collectives of ``Model.changed``. A tied head that lives on its own stage is read
+    from the embedding.
 
     Returns:
         What this rank read.
+
+    Raises:
+        UserError: a tensor that holds NaN or Inf; on every rank.
     """
-    with SliceReader(Path(model_dir), model.ranks.tensor_rank, model.ranks.sizes.tensor) as reader:
+    with together(), SliceReader(Path(model_dir), model.ranks.tensor_rank, model.ranks.sizes.tensor) as reader:
         for held in model.held:
             reader.fill(held.weight, held.data)
     model.changed()

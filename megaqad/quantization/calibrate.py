@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaqad.models.model import Model
-from megaqad.quantization.model import largest_weights, maxima_over, sites, stored_scales, switch, weight_sites
+from megaqad.quantization.model import largest_weights, maxima_over, sites, stored_scales, switch
 from megaqad.quantization.scales import BINS, percentile_of
-from megaqad.quantization.site import Observed, QuantizerMode, WeightSite
+from megaqad.quantization.site import Observed, QuantizerMode
 from megaqad.runtime.agree import gather_lists, raise_together
 
 FALLBACK = 1.0
@@ -39,14 +39,12 @@ def calibrate(model: Model, run_forward: Callable[[], object] | None) -> list[st
     Returns:
         Modules that saw only zeros, in no model of more than one rank in model order; the same on every rank.
 
-    Collectives: one all-reduce (maximum) over the tensor-parallel group, those of ``run_forward``, then one for each
-    group of ranks over which inputs are observed; flags and lists of names over all ranks.
+    Collectives: those of ``run_forward``, then one all-reduce (maximum) for each group of ranks over which inputs are
+    observed; flags and lists of names over all ranks.
 
     Raises:
-        UserError: a weight that holds NaN or Inf; a site that saw NaN or Inf; on every rank, and the message names it.
+        UserError: a site that saw NaN or Inf; on every rank, and the message names it.
     """
-    layers = weight_sites(model)
-    _refuse_unfit_weights(layers)
     for site in sites(model):
         site.forget()
     switch(model, QuantizerMode.CALIBRATE)
@@ -62,19 +60,6 @@ def calibrate(model: Model, run_forward: Callable[[], object] | None) -> list[st
     _choose_scales(model)
     switch(model, QuantizerMode.ON)
     return list(dict.fromkeys(gather_lists(silent)))
-
-
-def _refuse_unfit_weights(layers: Sequence[WeightSite]) -> None:
-    """Collectives: one all-reduce (maximum) over the ranks that divide the weights, one of a flag over all ranks."""
-    problem = None
-    for layer, amaxes in zip(layers, largest_weights(layers), strict=True):
-        for weight, finite in zip(layer.weights, torch.isfinite(amaxes).tolist(), strict=True):
-            if problem is None and not finite:
-                modules = weight.modules
-                which = f"{modules[0]}.weight" if len(modules) == 1 else f"the weight of one of {', '.join(modules)}"
-                number = layer.quantization.weights
-                problem = f"{which} holds NaN or Inf, which {number} cannot represent: repair the checkpoint"
-    raise_together(problem)
 
 
 def _not_finite(found: Sequence[Observed], reduced: Sequence[Tensor]) -> str | None:

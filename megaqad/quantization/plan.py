@@ -20,6 +20,13 @@ from megaqad.quantization.formats import CHOICES, FORMATS, LinearFormat, cache_n
 from megaqad.quantization.scales import Scaling
 from megaqad.quantization.settings import QuantizationSettings
 
+ENGINES_AND_HEADS = (
+    "{head} is quantized, which few engines read: vLLM 0.22 refuses its scales, what was merged since reads them for "
+    "Qwen3.5, Qwen3.6 and Nemotron-H (vllm-project/vllm#42124); try yours before training, or keep it in BF16: "
+    "quantization.exclude=[{head}]"
+)
+"""As of November 2026."""
+
 
 @dataclass(frozen=True)
 class QuantizationPlan:
@@ -32,6 +39,8 @@ class QuantizationPlan:
     """Of the quantized ones, in model order; others stay BF16."""
     misfits: tuple[str, ...] = ()
     """Modules kept in BF16 only because they do not divide into blocks."""
+    note: str | None = None
+    """What a user should know before serving the model."""
     rounds_activations: bool = True
     """False in ``weights_alone``: activations and the KV cache are left as they are."""
 
@@ -114,7 +123,8 @@ def plan_for(settings: QuantizationSettings, architecture: Architecture, tensor:
     kept = {name: chosen for name, chosen in formats.items() if name not in set(misfits)}
     if settings.weights != "none" and not kept:
         raise UserError("the recipe quantizes no module: widen quantization.include, or say quantization=none")
-    return QuantizationPlan(settings, modules, kept, tuple(misfits))
+    note = ENGINES_AND_HEADS.format(head=architecture.head) if architecture.head in kept else None
+    return QuantizationPlan(settings, modules, kept, tuple(misfits), note)
 
 
 def choose_formats(

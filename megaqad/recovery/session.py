@@ -41,6 +41,8 @@ LEAST_COLLECTIVE_TIMEOUT_MINUTES = 30.0
 """Before a process group gives up by itself; longer than ``runtime.hang_timeout``, which says more."""
 MOST_NAMED = 8
 """Modules named in a line."""
+FEW_TOKENS = 1000
+"""Of held-out text: a mean over fewer says little."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -145,6 +147,8 @@ class Session:
         plan = self._plan(quantization)
         if plan.misfits:
             self.terminal.say(f"kept in BF16, because they do not divide into blocks: {', '.join(plan.misfits)}")
+        if plan.note is not None:
+            self.terminal.say(plan.note)
         return plan
 
     @cached_property
@@ -271,6 +275,10 @@ class Session:
 
         ``original``: what computes it already; None loads it.
         """
+        held_out = len(self.data.validation.tokens) - 1
+        tokens = min(max_tokens, held_out) if max_tokens else held_out
+        if tokens < FEW_TOKENS:
+            self.terminal.say(f"held-out numbers are means over {tokens} tokens, which say little: give more text")
         return Evaluator(
             original or LiveTeacher(self.teacher),
             self.data.validation,

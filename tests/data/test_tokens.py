@@ -116,6 +116,39 @@ def test_documents_begin_as_the_tokenizer_begins_them(model: Path, tmp_path: Pat
     assert text_tokens(split, TEACHER).facts.beginning == ""
 
 
+def test_a_sentencepiece_model_is_enough(tmp_path: Path):
+    """A checkpoint may bring a tokenizer.model and no tokenizer.json."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(ROOT / "README.md"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        **{"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1, "minloglevel": 2},
+    )
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True}))
+    loaded = load_tokenizer(tmp_path)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert loaded(["Some words"], add_special_tokens=False)["input_ids"] == [model.encode("Some words")]
+    assert tokens.beginning(loaded) == [1]
+
+
+def test_a_tokenizer_with_code_of_its_own_asks_nothing(model: Path, monkeypatch: pytest.MonkeyPatch):
+    """transformers would ask on the terminal whether to run it, which hangs a job."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    path = model / "tokenizer_config.json"
+    settings = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    (model / "own.py").write_text("raise SystemExit('run')")
+    try:
+        assert load_tokenizer(model)(["a"])["input_ids"]
+    except UserError as error:
+        assert "trust_remote_code" in str(error)  # noqa: PT017 either is right, asking is not
+
+
 def test_text_that_cannot_be_tokenized_is_named(text: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(texts: list[str], **_: object) -> dict:
         if texts == ["a"]:

@@ -93,17 +93,15 @@ def test_any_number_of_sequences_is_the_same_in_every_layout(run_ranks, model, t
 
 
 @pytest.mark.parametrize(
-    ("tensor", "said"),
+    "tensor",
     [
-        (
-            "model.layers.1.mlp.up_proj.weight",
-            "the weight of one of model.layers.1.mlp.gate_proj, model.layers.1.mlp.up_proj holds NaN or Inf",
-        ),
-        ("model.layers.3.mlp.down_proj.weight", "model.layers.3.mlp.down_proj.weight holds NaN or Inf, which nvfp4"),
-        ("model.layers.1.input_layernorm.weight", "the teacher's cross entropy over held-out tokens is nan"),
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.3.mlp.down_proj.weight",
+        "model.layers.1.input_layernorm.weight",
+        "model.embed_tokens.weight",
     ],
 )
-def test_a_checkpoint_with_nan_is_refused_without_calibration_data(run_ranks, tmp_path, tensor, said):
+def test_a_checkpoint_with_nan_is_refused_without_calibration_data(run_ranks, tmp_path, tensor):
     folder = make_checkpoint("llama", tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     tensors[tensor].view(-1)[3] = float("nan")
@@ -111,4 +109,4 @@ def test_a_checkpoint_with_nan_is_refused_without_calibration_data(run_ranks, tm
     arguments = [*SMALL_RUN, f"model={folder}", f"output_dir={tmp_path / 'run'}", WEIGHT_ONLY]
     (refusal,) = set(run_ranks(2, run_command, "quantize", [*arguments, "parallel.pipeline=2"]))
     assert refusal is not None
-    assert said in refusal
+    assert f"model.safetensors: {tensor} holds NaN or Inf; repair the checkpoint" in refusal

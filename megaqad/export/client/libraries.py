@@ -73,7 +73,11 @@ def _load_with_compressed_tensors(client: Client, advance: Advance) -> str:
     try:
         with _without_progress_bars():
             loaded, found = AutoModelForCausalLM.from_pretrained(
-                client.folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+                client.folder,
+                dtype=torch.float32,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
             )
     except Exception as error:  # whatever it is, this client cannot read the export
         raise VerificationError(
