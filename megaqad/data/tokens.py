@@ -110,8 +110,8 @@ def load_tokenizer(model_dir: Path) -> Encoder:
         own = model_dir / "tokenizer_config.json"
         if own.is_file() and b'"auto_map"' in own.read_bytes():
             raise UserError(
-                f"the tokenizer in {model_dir} is code of its own (auto_map in tokenizer_config.json), which is not run: "
-                "give it as a tokenizer.json of one of transformers' classes"
+                f"the tokenizer in {model_dir} is code of its own (auto_map in tokenizer_config.json), which is not "
+                "run: give it as a tokenizer.json of one of transformers' classes"
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the tokenizer in {model_dir} cannot be loaded ({reason}): copy the model's own") from error
