@@ -111,9 +111,12 @@ def weight_files(model_dir: Path) -> WeightFiles:
         # Lexical on purpose: the Hugging Face cache keeps its files behind links that lead out of the directory.
         if path.is_absolute() or ".." in path.parts:
             raise UserError(f"{index} names the file {name!r} outside {model_dir}; restore the original index")
+    try:
+        missing = [name for name in names if not (model_dir / name).is_file()]
+    except (OSError, ValueError) as error:  # too long, a zero byte, no characters
+        raise UserError(f"{index} names a file that cannot be ({_short(error)}); restore the original index") from error
     if not has_single or SINGLE_FILE in names:
         return WeightFiles(names, weight_map)
-    missing = [name for name in names if not (model_dir / name).is_file()]
     if not missing:
         raise UserError(
             f"{model_dir} holds {SINGLE_FILE}, which transformers reads, and {INDEX_FILE} with other files ({names[0]} "
@@ -121,6 +124,11 @@ def weight_files(model_dir: Path) -> WeightFiles:
         )
     note = f"{SINGLE_FILE} is read; {INDEX_FILE} beside it names {missing[0]}, which is not there"
     return WeightFiles((SINGLE_FILE,), {}, note)
+
+
+def _short(error: Exception) -> str:
+    reason = error.strerror if isinstance(error, OSError) else None
+    return reason or " ".join(str(error).split())
 
 
 def _no_weights(model_dir: Path) -> str:
@@ -164,8 +172,8 @@ def read_headers(model_dir: Path) -> dict[str, TensorEntry]:
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(value, str) for value in weight_map.values()):
-            raise TypeError("weight_map values must be file names")
+        if not weight_map or not all(isinstance(value, str) for value in weight_map.values()):
+            raise TypeError("weight_map must be file names by tensor")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is not a safetensors index ({error!r}); restore the original one") from error
     return dict(weight_map)

@@ -61,8 +61,8 @@ def sync_directory(directory: Path) -> None:
 
 
 def write_text_whole(path: Path, text: str) -> FileDigest:
-    """``write_bytes_whole`` of ``text`` in UTF-8."""
-    return write_bytes_whole(path, text.encode("utf-8"))
+    """``write_bytes_whole`` of ``text`` in UTF-8; what is no character (a file's name may hold such) is escaped."""
+    return write_bytes_whole(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes_whole(path: Path, content: bytes) -> FileDigest:

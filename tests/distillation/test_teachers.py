@@ -2,16 +2,16 @@
 
 import shutil
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from megaqad.config import load_settings
 from megaqad.distillation.forward import forward_hidden
 from megaqad.distillation.teachers import SelfTeacher
-from megaqad.models.load import original_values
+from megaqad.models.load import load_weights, original_values
 from megaqad.models.model import Model
 from megaqad.quantization.model import sites
 from megaqad.quantization.site import QuantizerMode
@@ -21,6 +21,7 @@ from megaqad.training.freezing import freeze
 from megaqad.training.logs import read_metrics
 from megaqad.training.optimizer import wrap_for_training
 from tests.distillation.runs import SMALL_RUN, train_curve, without_teacher
+from tests.faults.injection import spoiled_embedding
 from tests.models.checkpoints import make_checkpoint
 from tests.training.runs import differences, distill, losses, whole_tensors
 
@@ -220,14 +221,17 @@ def test_a_student_that_is_its_own_teacher(models, run_ranks, tmp_path, ranks, o
     assert run_ranks(ranks, self_teacher, run_of(models, tmp_path, *options)) == [[]] * ranks
 
 
+def distill_with_a_nan(rank: int, world_size: int, arguments: list[str], teacher: str) -> str | None:
+    with patch("megaqad.recovery.session.load_weights", spoiled_embedding(load_weights, teacher, token=300)):
+        return distill(rank, world_size, arguments)
+
+
 @pytest.mark.parametrize("sizes", [["parallel.pipeline=2"], ["parallel.tensor=2", "parallel.sequence=true"]])
 def test_nan_of_the_teacher_is_named(models, run_ranks, tmp_path, sizes):
-    broken = shutil.copytree(models[1], tmp_path / "broken")
-    weights = load_file(broken / "model.safetensors")
-    weights["model.embed_tokens.weight"][300] = torch.nan  # one token, in some sequence from some position on
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    overrides = run_of(models, tmp_path / "run", f"distill.teacher={broken}", "quantization=none", *sizes)
-    messages = run_ranks(2, distill, [*SMALL_RUN, *overrides, "data.max_train_tokens=4000"])
+    """One token's, in some sequence from some position on."""
+    overrides = run_of(models, tmp_path / "run", f"distill.teacher={models[1]}", "quantization=none", *sizes)
+    arguments = [*SMALL_RUN, *overrides, "data.max_train_tokens=4000"]
+    messages = run_ranks(2, distill_with_a_nan, arguments, str(models[1]))
     assert messages[0] == messages[1]
     for words in ("teacher's logits are not finite: microbatch", "of step", "rank", "sequence", "tokens"):
         assert words in messages[0]

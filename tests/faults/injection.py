@@ -205,6 +205,31 @@ def clock_goes_back(seconds_per_call: float) -> None:
     time.time_ns = lambda: int(backwards() * 1e9)
 
 
+LOAD = "megaqad.recovery.session:load_weights"
+
+
+def spoiled_embedding(load: Callable[..., Any], folder: str, token: int) -> Callable[..., Any]:
+    """``load_weights`` after which a token of the model in ``folder`` is NaN; a checkpoint that holds it is refused."""
+
+    @functools.wraps(load)
+    def wrapped(model: Any, model_dir: Any) -> Any:
+        read = load(model, model_dir)
+        for held in model.held:
+            part = held.weight.parts[0]
+            if str(model_dir) == folder and part.name == "model.embed_tokens.weight":
+                (start, stop), _ = part.box(model.ranks.tensor_rank, model.ranks.sizes.tensor)
+                if start <= token < stop:
+                    held.data[token - start, 3] = float("nan")
+        return read
+
+    return wrapped
+
+
+def nan_in_teacher(folder: str, token: int) -> None:
+    """One number in the embedding of the teacher in ``folder`` is NaN."""
+    _replace(LOAD, lambda load: spoiled_embedding(load, folder, token))
+
+
 def nan_in_data(first_sample: int, micro_batch: int, data_rank: int) -> None:
     """A token weight of one microbatch of the step that begins at ``first_sample`` is NaN."""
 
