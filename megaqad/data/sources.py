@@ -134,7 +134,9 @@ def _expand(pattern: str) -> tuple[list[Path], list[Path]]:
         return [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()], []
     inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
     shown = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    texts = {p for p in shown if p.suffix.lower() in TEXT_SUFFIXES and (p.suffix != ".json" or begins_with_text(p))}
+    texts = {
+        p for p in shown if p.suffix.lower() in TEXT_SUFFIXES and (p.suffix.lower() != ".json" or begins_with_text(p))
+    }
     return [p for p in shown if p in texts], [p for p in shown if p not in texts]
 
 

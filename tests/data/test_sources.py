@@ -35,12 +35,12 @@ def test_names_do_not_depend_on_where_the_folder_is(tmp_path: Path, monkeypatch:
 
 def test_a_directory_gives_its_text_files_only(tmp_path: Path):
     write(tmp_path, ["a.txt", "deep/b.md", "c.bin", ".git/d.txt", ".hidden.txt"])
-    (tmp_path / "settings.json").write_text('{"name": "of a package"}')
+    (tmp_path / "settings.JSON").write_text('{"name": "of a package"}')
     (tmp_path / "records.json").write_text('[{"text": "a"}]')
     (tmp_path / "LINES.JSONL").write_text('{"text": "a"}')
     files, left_out = find_files([str(tmp_path)], "data.files")
     assert sorted(names(files)) == ["LINES.JSONL", "a.txt", "deep/b.md", "records.json"]
-    assert sorted(path.name for path in left_out) == ["c.bin", "settings.json"]
+    assert sorted(path.name for path in left_out) == ["c.bin", "settings.JSON"]
     assert split_files(DataSettings(files=[str(tmp_path)])).left_out == left_out
     explicit = find_files([str(tmp_path / "c.bin")], "data.files")
     assert (names(explicit.files), explicit.left_out) == (["c.bin"], ()), "named explicitly: any ending"
