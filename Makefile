@@ -26,7 +26,7 @@ demo: setup
 	$(BIN)/megaqad demo
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" --ignore=tests/slurm --ignore=tests/faults
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" --ignore=tests/slurm --ignore=tests/faults
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow --hypothesis-seed=0 --ignore=tests/slurm --ignore=tests/faults
