@@ -16,6 +16,8 @@ from megaqad.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
+"""Endings of files with weights that are not read."""
 LONGEST_HEADER = 100_000_000
 """The format's own limit on a header's length in bytes."""
 
@@ -137,7 +139,7 @@ def _no_weights(model_dir: Path) -> str:
     shards = [name for name in names if name.endswith(".safetensors")]
     if shards:
         return f"holds {shards[0]} without {INDEX_FILE}; copy the index from the original checkpoint"
-    others = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"))]
+    others = [name for name in names if name.endswith(OTHER_WEIGHTS)]
     if others:
         return (
             f"holds its weights in {others[0]}, which is not read: only safetensors are; load it with transformers and "
@@ -146,15 +148,18 @@ def _no_weights(model_dir: Path) -> str:
     return f"holds neither {SINGLE_FILE} nor {INDEX_FILE}; copy the missing files from the original checkpoint"
 
 
-def read_headers(model_dir: Path) -> dict[str, TensorEntry]:
+def read_headers(model_dir: Path, files: WeightFiles | None = None) -> dict[str, TensorEntry]:
     """All tensors in the ``weight_files`` of a checkpoint directory, whether its index names them or not. One that the
     index names and no file holds is left out: whether it is needed, the model says.
+
+    Args:
+        files: ``weight_files(model_dir)``, where it is known already.
 
     Raises:
         UserError: as ``weight_files`` and ``read_header``; a tensor in two files without an index that chooses one.
     """
     model_dir = Path(model_dir)
-    files = weight_files(model_dir)
+    files = files or weight_files(model_dir)
     entries: dict[str, TensorEntry] = {}
     for name in files.names:
         for tensor, entry in read_header(model_dir / name).items():

@@ -69,17 +69,16 @@ def _some(names: list[str], show: int = 3) -> str:
 
 
 def _check_tensor(architecture: Architecture, checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
-    encoding, found = checkpoint.encoding(name), checkpoint.shape(name)
-    entry = checkpoint.entries[name if encoding is None else encoding.codes]
+    found, file = checkpoint.shape(name), checkpoint.file_of(name)
     assert found is not None, "missing tensors are named before"
     if found != shape:
         if shape[0] == architecture.vocab_size and found[1:] == shape[1:]:
             raise UserError(
-                f"{entry.file}: {name} has {found[0]} rows but config.json says "
+                f"{file}: {name} has {found[0]} rows but config.json says "
                 f"vocab_size={architecture.vocab_size}; correct vocab_size or take the matching weights"
             )
         raise UserError(
-            f"{entry.file}: {name} has shape {list(found)}, config.json asks for {list(shape)}; "
+            f"{file}: {name} has shape {list(found)}, config.json asks for {list(shape)}; "
             "take the config.json that belongs to these weights"
         )
 

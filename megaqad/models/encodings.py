@@ -110,9 +110,10 @@ class Checkpoint:
         Raises:
             UserError: as ``read_headers``.
         """
-        self.note = weight_files(Path(model_dir)).note
+        files = weight_files(Path(model_dir))
+        self.note = files.note
         """What is passed over in the directory, for people."""
-        self.entries = read_headers(Path(model_dir))
+        self.entries = read_headers(Path(model_dir), files)
         config = Path(model_dir) / "config.json"
         content = json.loads(config.read_text(encoding="utf-8-sig")) if config.is_file() else {}
         quantization = content.get("quantization_config")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaqad.errors import UserError
-from megaqad.models.checkpoint_files import INDEX_FILE, SINGLE_FILE
+from megaqad.models.checkpoint_files import INDEX_FILE, OTHER_WEIGHTS, SINGLE_FILE
 from megaqad.runtime.agree import on_main
 from megaqad.runtime.files import sync_directory, write_bytes_whole, write_safetensors, write_text_whole
 from megaqad.runtime.ranks import Ranks
@@ -23,7 +23,7 @@ from megaqad.runtime.ranks import Ranks
 MAX_FILE_BYTES = 5_000_000_000
 """Weights per file; also the most that the writer holds in memory."""
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".incomplete")
+WEIGHTS = (".safetensors", *OTHER_WEIGHTS, ".incomplete")
 """Endings of files that hold weights."""
 DESCRIBES_WEIGHTS = ("config.json", "hf_quant_config.json")
 SIDE_FOLDERS = ("additional_chat_templates",)

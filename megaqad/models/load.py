@@ -19,6 +19,7 @@ from megaqad.models.architecture import Architecture
 from megaqad.models.encodings import Checkpoint
 from megaqad.models.model import Model
 from megaqad.models.weights import HfTensor, Weight
+from megaqad.nvfp4 import tensor_amax
 from megaqad.runtime.agree import together
 
 
@@ -57,7 +58,7 @@ class SliceReader:
         """
         values = [self.read(part).to(local.dtype) for part in weight.parts]
         for part, value in zip(weight.parts, values, strict=True):
-            if not torch.isfinite(value).all():
+            if not torch.isfinite(tensor_amax(value)):
                 path = self._checkpoint.file_of(part.name)
                 raise UserError(f"{path}: {part.name} holds NaN or Inf; repair the checkpoint, or copy it again")
         weight.fill(local, values, self._ranks)
