@@ -51,8 +51,10 @@ class DistillSettings:
     teacher: str = "model"
     """``model``: the original checkpoint. ``self``: the same teacher bit for bit, without a second model: the student
     with its quantizers off, and of the weights that ``train.trainable`` names the original values, which is all that is
-    kept; refused where every weight is trained. Or the directory of another checkpoint with the same vocabulary, of any
-    depth and width. Held-out numbers are always against ``model``. ``cached``: ``model`` with a ``distill.cache``."""
+    kept; refused where every weight is trained. Or the directory of another checkpoint with the same tokens, of any
+    depth and width; where one of the two has more ids (a padded or extended vocabulary), the distributions over the ids
+    that both have are compared. Held-out numbers are always against ``model``. ``cached``: ``model`` with a
+    ``distill.cache``."""
     cache: str | None = None
     """Directory for the teacher's last hidden states: computed once, then read by every epoch and every run over the
     same data. With a complete cache no teacher is loaded for training, only its output head. ``teacher=cached`` alone

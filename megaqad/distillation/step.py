@@ -189,20 +189,26 @@ class DistillationStep:
 
     def _loss(self, hidden: Tensor, model: CausalLM, batch: Batch) -> Tensor:
         """Sum of the token losses. ``hidden``: [s(/tp), b, h] on the last stage."""
-        taught = self.divergence.needs_teacher
-        assert not taught or (self.teacher is not None and batch.teacher_hidden is not None)
+        head, main_grad = model.head_weight(), model.head_main_grad()
+        teacher_hidden = teacher_head = None
+        if self.divergence.needs_teacher:
+            assert self.teacher is not None
+            assert batch.teacher_hidden is not None
+            teacher_hidden, teacher_head = batch.teacher_hidden.flatten(0, 1), self.teacher.head_weight()
+            rows = len(teacher_head)  # a teacher may have fewer ids (``Architecture.teaching``)
+            head, main_grad = head[:rows], None if main_grad is None else main_grad[:rows]
         loss, _ = linear_divergence(
             hidden.flatten(0, 1),
-            model.head_weight(),
-            batch.teacher_hidden.flatten(0, 1) if taught and batch.teacher_hidden is not None else None,
-            self.teacher.head_weight() if taught and self.teacher is not None else None,
+            head,
+            teacher_hidden,
+            teacher_head,
             objective=self.divergence,
             token_weights=flatten_tokens(batch.weights),
             labels=flatten_tokens(batch.labels),
             vocab_start=model.vocab_start,
             group=self.ranks.tensor_group,
             sequence_parallel=self.ranks.sizes.sequence,
-            accumulate_into=model.head_main_grad(),
+            accumulate_into=main_grad,
         )
         return loss
 

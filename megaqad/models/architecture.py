@@ -62,6 +62,7 @@ class Architecture:
     family: str
     """Name of its class in transformers, as config.json's ``architectures`` gives it."""
     vocab_size: int
+    """Rows of the embedding and of the head in the checkpoint."""
     hidden_size: int
     layers: tuple[Layer, ...]
     final_norm: Norm
@@ -81,6 +82,18 @@ class Architecture:
     """Prefixes of tensors that the checkpoint may hold besides and this model does not compute with (``mtp.``); they
     are carried over to what is exported."""
 
+    student_vocab_size: int | None = None
+    """For the teacher of a student with another number of ids: see ``teaching``."""
+
+    def teaching(self, vocab_size: int) -> "Architecture":
+        """This model as the teacher of a student with ``vocab_size`` ids, whose heads are cut at the same ids.
+
+        Only the ids that both have are read and compared: the teacher's distribution is the one given that the next
+        token is among them, and so is the student's (rows that pad a vocabulary stand for no token). Any other rule
+        would be infinite for some divergence, where one of the two gives no probability at all.
+        """
+        return self if vocab_size == self.vocab_size else replace(self, student_vocab_size=vocab_size)
+
     @property
     def num_layers(self) -> int:
         return len(self.layers)
@@ -89,6 +102,9 @@ class Architecture:
     def weights(self) -> tuple[Weight, ...]:
         """Every weight in checkpoint order; with a tied head that is an alias of the embedding."""
         table = HfTensor(f"{self.embedding}.weight", (self.vocab_size, self.hidden_size), VOCABULARY)
+        if self.student_vocab_size is not None:
+            cut = replace(VOCABULARY, least=self.student_vocab_size)
+            table = replace(table, cut=cut, rows=(0, min(self.vocab_size, self.student_vocab_size)))
         head = table if self.tied_embeddings else replace(table, name=f"{self.head}.weight")
         return (
             Weight("embedding.word_embeddings.weight", (table,)),

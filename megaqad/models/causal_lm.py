@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from megaqad.models.architecture import Architecture, Layer, Residual
 from megaqad.models.blocks.block import Builder
 from megaqad.models.blocks.rotary import Tables
-from megaqad.models.weights import VOCABULARY
 
 
 class Head(nn.Module):
@@ -97,9 +96,10 @@ class CausalLM(LanguageModule):
         self.embedding_multiplier = architecture.embedding_multiplier
         self.logits_divisor = architecture.logits_divisor
         self.recompute = config.recompute_granularity == "full"
-        tensor, rank = ranks.sizes.tensor, ranks.tensor_rank
-        padded_vocabulary = -(-architecture.vocab_size // tensor) * tensor
-        self.vocab_start, stop = VOCABULARY.span(architecture.vocab_size, rank, tensor)
+        tensor = ranks.sizes.tensor
+        table = architecture.head_weight.parts[0]
+        padded_vocabulary = table.cut.part(table.size[0], tensor) * tensor
+        self.vocab_start, stop = table.cut.span(table.size[0], ranks.tensor_rank, tensor)
         """Vocabulary index of the head's first row on this rank."""
         self._real_vocab_rows = stop - self.vocab_start
         if pre_process:

@@ -163,19 +163,29 @@ def check_vocabularies(student: Architecture, model_dir: Path, teacher: Architec
     """Whether the two models mean the same by every token id.
 
     Raises:
-        UserError: vocabularies of different sizes, or, where both have a tokenizer.json, different tokens.
+        UserError: a token with two ids, or an id with two tokens, in the models' tokenizer.json files. Ids that one
+            of them lacks are no reason: they are not compared (``Architecture.teaching``).
     """
-    if student.vocab_size != teacher.vocab_size:
-        raise UserError(
-            f"distill.teacher={teacher_dir} has vocab_size={teacher.vocab_size}, the student {student.vocab_size}: "
-            "distillation compares token by token, choose a teacher with the same vocabulary"
-        )
     ours, theirs = _token_ids(model_dir), _token_ids(teacher_dir)
-    if ours is not None and theirs is not None and ours != theirs:
-        token = next(token for token in sorted(ours.keys() | theirs.keys()) if ours.get(token) != theirs.get(token))
+    if ours is None or theirs is None:
+        if student.vocab_size == teacher.vocab_size:
+            return
         raise UserError(
-            f"distill.teacher={teacher_dir} has another vocabulary: token {token!r} is {theirs.get(token)} there and "
-            f"{ours.get(token)} for the student; choose a teacher with the same tokenizer"
+            f"distill.teacher={teacher_dir} has vocab_size={teacher.vocab_size}, the student {student.vocab_size}, "
+            "and without a tokenizer.json in both nothing says that their ids mean the same: add the files"
+        )
+    shared = min(student.vocab_size, teacher.vocab_size)
+    names = {number: token for token, number in theirs.items()}
+    for token, number in sorted(ours.items()):
+        other = names.get(number) if number < shared and token not in theirs else None
+        if theirs.get(token, number) != number:
+            problem = f"token {token!r} is {theirs[token]} there and {number} for the student"
+        elif other is not None:
+            problem = f"id {number} is {other!r} there and {token!r} for the student"
+        else:
+            continue
+        raise UserError(
+            f"distill.teacher={teacher_dir} has another vocabulary: {problem}; choose a teacher with the same tokenizer"
         )
 
 

@@ -28,17 +28,23 @@ class Cut:
     hold the same one."""
     padded: bool = False
     """Equal parts after padding to a multiple of the ranks (the vocabulary): the last ranks hold fewer, or none."""
+    least: int = 0
+    """Of ``padded``: cut as a dim of at least so many would be."""
 
     def span(self, size: int, rank: int, ranks: int) -> tuple[int, int]:
         """First and one-past-last index that ``rank`` holds of the cut dim of ``size``, padding left out."""
         if self.padded:
-            rows = -(-size // ranks)
+            rows = self.part(size, ranks)
             start = min(rank * rows, size)
             return start, min(start + rows, size)
         parts = ranks if self.units is None else min(self.units, ranks)
         assert size % parts == 0, f"{size} does not divide by {parts}"
         part = rank * parts // ranks
         return part * (size // parts), (part + 1) * (size // parts)
+
+    def part(self, size: int, ranks: int) -> int:
+        """Of ``padded``: what every rank holds of a dim of ``size``, padding included."""
+        return -(-max(size, self.least) // ranks)
 
     def is_first(self, rank: int, ranks: int) -> bool:
         """Whether ``rank`` is the first of those that hold its part."""

@@ -100,12 +100,29 @@ class Session:
         """Read the data of a run that is written, and take its ``output_dir``."""
         self.command = command
         self.terminal.say(f"data: {self.data_facts}")
+        self._say_what_is_compared()
         identity = self.identity
         with together():
             if self.ranks.is_main:
                 self.lock = claim_output_dir(command, self.settings, identity)
         if self.lock is not None and not self.lock.supported:
             self.terminal.say(f"{self.settings.run_dir} is on a file system without locks: let no second run use it")
+
+    def _say_what_is_compared(self) -> None:
+        """Of a teacher with other ids than the student; refused where the data hold one that it lacks."""
+        teacher_dir, ids = self.settings.teacher_dir, self.architecture.vocab_size
+        theirs = describe_model(teacher_dir).vocab_size
+        if theirs == ids:
+            return
+        if self.data.facts.largest_token >= theirs:
+            raise UserError(
+                f"the data hold token {self.data.facts.largest_token}, which distill.teacher={teacher_dir} with "
+                f"vocab_size={theirs} does not know: choose a teacher with the student's tokens"
+            )
+        self.terminal.say(
+            f"the teacher has {theirs} ids and the student {ids}: the distributions over the {min(ids, theirs)} that "
+            "both have are compared"
+        )
 
     def close(self) -> None:
         """Let another run have ``output_dir`` and the process its ranks; the end of the process does the same."""
@@ -194,8 +211,10 @@ class Session:
         return self.frozen(self.settings.model_dir)
 
     def frozen(self, model_dir: Path) -> Model:
-        """A checkpoint of any supported architecture in this run's layout, frozen."""
-        model = build_model(describe_model(model_dir), self.ranks, dtype=self.dtype)
+        """A checkpoint of any supported architecture in this run's layout, frozen; what a student of ``model`` can
+        learn from it."""
+        architecture = describe_model(model_dir).teaching(self.architecture.vocab_size)
+        model = build_model(architecture, self.ranks, dtype=self.dtype)
         load_weights(model, model_dir)
         return model.freeze()
 

@@ -76,7 +76,8 @@ def _head(session: Session) -> torch.Tensor | None:
     ranks, teacher_dir = session.ranks, session.settings.teacher_dir
     if not ranks.is_last_stage:
         return None
-    rows = load_head(describe_model(teacher_dir), teacher_dir, ranks.tensor_rank, ranks.sizes.tensor, session.dtype)
+    teacher = describe_model(teacher_dir).teaching(session.architecture.vocab_size)
+    rows = load_head(teacher, teacher_dir, ranks.tensor_rank, ranks.sizes.tensor, session.dtype)
     return rows.to(ranks.device)
 
 

@@ -155,7 +155,7 @@ def test_home_directories_are_found(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "overrides", "said"),
     [
-        ({"vocab_size": 516}, [], ["vocab_size=516", "the student 515"]),
+        ({"vocab_size": 516}, [], ["vocab_size=516", "the student 515", "add the files"]),
         ({"hidden_size": 96}, ["distill.hidden.weight=1"], ["has 96 and the student 64", "use cka"]),
         ({"num_hidden_layers": 2}, ["parallel.pipeline=4"], ["parallel.pipeline=4", "2 layers"]),
         ({"intermediate_size": 81}, ["parallel.tensor=2"], ["parallel.tensor=2", "81"]),
@@ -178,7 +178,7 @@ def test_a_teacher_with_other_tokens_is_refused(capsys, changed, model, tmp_path
         vocabulary = {"model": {"vocab": {"a": 0, second: 1}}, "added_tokens": [{"content": "<end>", "id": 2}]}
         (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
     arguments = [f"model={student}", f"output_dir={tmp_path / 'run'}", f"distill.teacher={teacher}", *TRAIN]
-    assert "token 'b' is None there and 1 for the student" in refusal(capsys, ["distill", *arguments])
+    assert "id 1 is 'c' there and 'b' for the student" in refusal(capsys, ["distill", *arguments])
 
 
 @pytest.mark.parametrize(
