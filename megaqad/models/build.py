@@ -83,7 +83,7 @@ def build_model(
     recompute: bool = False,
     initialize: bool = False,
 ) -> Model:
-    """The part of the model that this rank holds.
+    """The part of the model that this rank holds, in evaluation mode.
 
     Args:
         architecture: the model.
@@ -111,7 +111,7 @@ def build_model(
         if chunk.post_process:
             chunk.head_quantizer = head(chunk)
         chunks.append(chunk)
-    model = Model(architecture, chunks, ranks)
+    model = Model(architecture, chunks, ranks).train(False)
     _mark_shards(model)
     _zero_padding(model)
     return model

@@ -1,8 +1,9 @@
 """Fill a model from safetensors files, each rank reading only the slices it holds.
 
-safetensors maps the file and copies just the rows or columns asked for, so a rank's peak is its own shard plus one
-slice. A row-parallel weight is cut along dim 1; the file is row-major, so its slice is gathered row by row from the
-map, which the operating system reads ahead.
+safetensors maps the file and copies just the rows or columns asked for. A row-parallel weight is cut along dim 1; the
+file is row-major, so its slice is gathered row by row from the map, which the operating system reads ahead. What was
+read of a map counts as this process's memory until the map is given up, so files are closed and opened again every few
+tensors: a rank's peak is its own shard and ``MAPPED_MOST``.
 """
 
 from contextlib import ExitStack
@@ -22,6 +23,9 @@ from megaqad.models.weights import HfTensor, Weight
 from megaqad.nvfp4 import tensor_amax
 from megaqad.runtime.agree import together
 
+MAPPED_MOST = 256 << 20
+"""Bytes of files to read before they are closed."""
+
 
 @dataclass
 class ReadStatistics:
@@ -40,6 +44,7 @@ class SliceReader:
         """``rank`` of ``ranks``: among those that divide each tensor."""
         self._checkpoint = Checkpoint(model_dir)
         self._open: dict[Path, Any] = {}
+        self._mapped = 0
         self._stack = ExitStack()
         self._rank, self._ranks = rank, ranks
         self.statistics = ReadStatistics()
@@ -70,7 +75,13 @@ class SliceReader:
 
     def _slice(self, name: str, box: tuple[tuple[int, int], ...]) -> Tensor:
         """Part of a stored tensor, as it is."""
-        path = self._checkpoint.entries[name].file
+        entry = self._checkpoint.entries[name]
+        path, size = entry.file, entry.end - entry.begin
+        if self._mapped + size > MAPPED_MOST:
+            self._stack.close()
+            self._open.clear()
+            self._mapped = 0
+        self._mapped += size
         if path not in self._open:
             self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
         tensor: Tensor

@@ -14,7 +14,7 @@ from torch import Tensor
 from megaqad.models.blocks.block import Builder
 from megaqad.models.blocks.grouped import GroupedLinear, grouped_product
 from megaqad.models.weights import Weight
-from megaqad.nvfp4 import choose_scales, dequantize, quantize, straight_through, tensor_amax
+from megaqad.nvfp4 import choose_scales, straight_through, tensor_amax
 from megaqad.quantization.formats import LinearFormat
 from megaqad.quantization.layers import PackedInput
 from megaqad.quantization.numbers import number_format
@@ -93,14 +93,3 @@ class QuantizedExperts(WeightSite, GroupedLinear):
             for weight, largest in zip(self.export_weight(), amax, strict=True)
         ]
         return torch.stack([scale for scale, _ in chosen]), torch.stack([blocks for _, blocks in chosen])
-
-    @torch.no_grad()
-    def refresh(self, amax: Tensor | None) -> None:
-        self._scales = chosen, block_amax = self.weight_scales(amax)
-        weight = self.weight
-        rows = chosen.view(-1, 1, 1).expand(*weight.shape[:2], 1)  # of each row, its expert's
-        if block_amax is None:
-            self._quantized_weight = number_format(self.quantization.weights).round_weight(weight, rows)
-        else:
-            packed = quantize(self.export_weight(), rows, block_amax=block_amax)
-            self._quantized_weight = dequantize(packed, weight.dtype)

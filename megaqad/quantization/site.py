@@ -5,8 +5,10 @@ are taken and what becomes of one that saw nothing, quantizes its weight when th
 stores of it. ``model.py`` does for all sites of a model what takes collectives, one for all of them.
 
 A site is in one of three modes (``QuantizerMode``). In calibration it looks at its inputs; switched on, it multiplies
-a quantized copy of its weight, made once per optimizer step, with inputs rounded at every forward. Its inputs' scale is
-calibrated or each token's own; its weight's follows from the weight as it is, by the method that the recipe names.
+a quantized copy of its weight with inputs rounded at every forward. In training that copy is made once per optimizer
+step and kept; otherwise it is made for each product, so that a model takes the memory of its weights alone. The scale
+of inputs is calibrated or each token's own; the weight's follows from the weight as it is, by the method that the
+recipe names.
 """
 
 import re
@@ -110,7 +112,7 @@ class WeightSite(Site):
         shape = () if self.weights[0].expert is None else (len(self.weights),)
         amax = torch.zeros(shape, dtype=torch.float32, device=self.current_weight().device)
         self.register_buffer("input_amax", amax)
-        self._quantized_weight: Tensor | None = None
+        self._kept_copy: Tensor | None = None
         self._scales: tuple[Tensor, Tensor | None] | None = None
 
     @property
@@ -201,21 +203,26 @@ class WeightSite(Site):
 
     @torch.no_grad()
     def refresh(self, amax: Tensor | None) -> None:
-        """Quantize the weight for the coming forwards. ``amax``: float32 [n], the maxima over all shards; None where
-        scales are state."""
-        self._scales = chosen, block_amax = self.weight_scales(amax)
-        weight = self.current_weight()
-        if block_amax is None:
-            self._quantized_weight = number_format(self.quantization.weights).round_weight(weight, chosen)
-        else:
-            packed = quantize(self.export_weight(), chosen, block_amax=block_amax)
-            self._quantized_weight = dequantize(packed, weight.dtype)
+        """Choose the scales of the weight as it is now, for the coming forwards. ``amax``: float32 [n], the maxima over
+        all shards; None where scales are state."""
+        self._scales = self.weight_scales(amax)
+        self._kept_copy = None
+        self._kept_copy = self.quantized_weight if self.training else None
 
     @property
     def quantized_weight(self) -> Tensor:
         """In the weight's shape and dtype: what forward multiplies with."""
-        assert self._quantized_weight is not None, "the weights must be refreshed before a quantized forward"
-        return self._quantized_weight
+        return self._rounded() if self._kept_copy is None else self._kept_copy
+
+    @torch.no_grad()
+    def _rounded(self) -> Tensor:
+        """A quantized copy of the weight."""
+        weight, (amax, block_amax) = self.current_weight(), self.scales
+        if weight.dim() == 3:  # of each row, its expert's
+            amax = amax.view(-1, 1, 1).expand(*weight.shape[:2], 1)
+        if block_amax is None:
+            return number_format(self.quantization.weights).round_weight(weight, amax)
+        return dequantize(quantize(self.export_weight(), amax, block_amax=block_amax), weight.dtype)
 
     def squared_errors(self) -> Tensor:
         """float64 [2]: squared error of this rank's quantized weight, and its squared size."""

@@ -82,9 +82,9 @@ def _is_calibration_of(directory: Path, facts: dict[str, Any]) -> bool:
 
 def ready_to_ship(session: Session, student: Model) -> Model:
     """The student with its weights as the export will hold them, quantizers on."""
-    switch(student, QuantizerMode.ON)
+    switch(student.train(False), QuantizerMode.ON)
     round_to_export_dtype(student)
-    return student.train(False)
+    return student
 
 
 def load_student(session: Session) -> Model:

@@ -27,7 +27,7 @@ from megaqad.quantization.settings import SCALE_LR
 def wrap_for_training(model: Model) -> list[DistributedDataParallel]:
     """The model's chunks in Megatron-Core's DDP, gradients in one FP32 buffer. Parameters move into one buffer too.
 
-    The copies of the parameters on data-parallel ranks must be equal already; no collective is issued here.
+    The copies of the parameters on data-parallel ranks must be equal already. Collectives: those of ``Model.changed``.
     """
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
@@ -40,6 +40,7 @@ def wrap_for_training(model: Model) -> list[DistributedDataParallel]:
     ]
     for chunk in wrapped:
         chunk.train()
+    model.changed()  # training keeps the quantized copies of its weights
     return wrapped
 
 
