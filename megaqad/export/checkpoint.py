@@ -36,6 +36,7 @@ from megaqad.quantization.numbers import EXPORT_DTYPE, number_format
 from megaqad.quantization.plan import QuantizationPlan
 from megaqad.quantization.site import CacheSite, WeightSite
 from megaqad.runtime.agree import raise_together
+from megaqad.runtime.files import Description
 
 LAYOUTS: dict[str, CheckpointLayout] = {"modelopt": modelopt, "compressed_tensors": compressed_tensors}
 """By ``export.format``."""
@@ -151,10 +152,10 @@ def export_checkpoint(
     with files.writing() as folder:
         carry = read_carried(carried if model.ranks.is_main else {})
         stream = manifest.watch(chain(stream_tensors(model, conversion), carry))
-        sizes = stored_tensors(model.architecture, conversion) + [
-            (name, entry.end - entry.begin) for name, entry in carried.items()
+        described = stored_tensors(model.architecture, conversion) + [
+            Description(name, entry.dtype, entry.shape, entry.end - entry.begin) for name, entry in carried.items()
         ]
-        files.write_tensors(folder, sizes, stream, max_file_bytes)
+        files.write_tensors(folder, described, stream, max_file_bytes)
         for name, content in LAYOUTS[layout].config_files(model.architecture, plan).items():
             files.write_json(folder, name, content)
         files.copy_side_files(folder, model_dir)

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ from torch import Tensor
 from megaqad.errors import UserError
 from megaqad.models.checkpoint_files import INDEX_FILE, OTHER_WEIGHTS, SINGLE_FILE
 from megaqad.runtime.agree import on_main
-from megaqad.runtime.files import sync_directory, write_bytes_whole, write_safetensors, write_text_whole
+from megaqad.runtime.files import (
+    Description,
+    sync_directory,
+    write_bytes_whole,
+    write_safetensors_as_they_come,
+    write_text_whole,
+)
 from megaqad.runtime.ranks import Ranks
 
 MAX_FILE_BYTES = 5_000_000_000
@@ -104,7 +111,7 @@ class HfFiles:
     def write_tensors(
         self,
         folder: Path,
-        sizes: Sequence[tuple[str, int]],
+        described: Sequence[Description],
         tensors: Iterable[tuple[str, Tensor]],
         max_file_bytes: int = MAX_FILE_BYTES,
     ) -> None:
@@ -112,26 +119,21 @@ class HfFiles:
 
         Args:
             folder: from ``writing``.
-            sizes: (name, bytes) of every tensor in the order of the stream, known beforehand so that the number of
-                files, which is part of their names, is too.
+            described: every tensor in the order of the stream, known beforehand so that the number of files, which is
+                part of their names, is too.
             tensors: the stream; run to its end on every rank.
         """
-        plan = _plan_files(sizes, max_file_bytes)
+        plan = _plan_files(described, max_file_bytes)
         stream = iter(tensors)
         if not self.ranks.is_main:
             assert next(stream, None) is None, "only the main rank receives tensors"
             return
-        for file, names in plan.items():
-            held: dict[str, Tensor] = {}
-            for expected in names:
-                name, tensor = next(stream)
-                assert name == expected, f"{name} came where {expected} was planned"
-                held[name] = tensor.contiguous()
-            write_safetensors(folder / file, held, {"format": "pt"})
+        for file, held in plan.items():
+            write_safetensors_as_they_come(folder / file, islice(stream, len(held)), held, {"format": "pt"})
         assert next(stream, None) is None, "the stream holds more tensors than planned"
         if len(plan) > 1:
-            weight_map = {name: file for file, names in plan.items() for name in names}
-            total = {"total_size": sum(size for _, size in sizes)}
+            weight_map = {one.name: file for file, held in plan.items() for one in held}
+            total = {"total_size": sum(one.nbytes for one in described)}
             self.write_json(folder, INDEX_FILE, {"metadata": total, "weight_map": weight_map})
 
     def write_json(self, folder: Path, name: str, content: dict[str, Any]) -> None:
@@ -158,16 +160,16 @@ def is_side_file(path: Path) -> bool:
     return not described and not name.startswith((".", "megaqad_")) and not name.endswith(WEIGHTS)
 
 
-def _plan_files(sizes: Sequence[tuple[str, int]], max_file_bytes: int) -> dict[str, list[str]]:
-    """Tensor names by file name: consecutive runs of at most ``max_file_bytes``, one tensor at least."""
-    runs: list[list[str]] = [[]]
+def _plan_files(described: Sequence[Description], max_file_bytes: int) -> dict[str, list[Description]]:
+    """Tensors by file name: consecutive runs of at most ``max_file_bytes``, one tensor at least."""
+    runs: list[list[Description]] = [[]]
     filled = 0
-    for name, size in sizes:
-        if runs[-1] and filled + size > max_file_bytes:
+    for one in described:
+        if runs[-1] and filled + one.nbytes > max_file_bytes:
             runs.append([])
             filled = 0
-        runs[-1].append(name)
-        filled += size
+        runs[-1].append(one)
+        filled += one.nbytes
     if len(runs) == 1:
         return {SINGLE_FILE: runs[0]}
     return {f"model-{number:05d}-of-{len(runs):05d}.safetensors": run for number, run in enumerate(runs, 1)}

@@ -1,18 +1,14 @@
 """Fill a model from safetensors files, each rank reading only the slices it holds.
 
-safetensors maps the file and copies just the rows or columns asked for. A row-parallel weight is cut along dim 1; the
-file is row-major, so its slice is gathered row by row from the map, which the operating system reads ahead. What was
-read of a map counts as this process's memory until the map is given up, so files are closed and opened again every few
-tensors: a rank's peak is its own shard and ``MAPPED_MOST``.
+safetensors maps the file and copies just the rows or columns asked for, so a rank's peak is its own shard, one slice
+and what ``MappedFiles`` keeps. A row-parallel weight is cut along dim 1; the file is row-major, so its slice is
+gathered row by row from the map, which the operating system reads ahead.
 """
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from megaqad.errors import UserError
@@ -22,9 +18,7 @@ from megaqad.models.model import Model
 from megaqad.models.weights import HfTensor, Weight
 from megaqad.nvfp4 import tensor_amax
 from megaqad.runtime.agree import together
-
-MAPPED_MOST = 256 << 20
-"""Bytes of files to read before they are closed."""
+from megaqad.runtime.mapped import MappedFiles
 
 
 @dataclass
@@ -43,9 +37,7 @@ class SliceReader:
     def __init__(self, model_dir: Path, rank: int, ranks: int) -> None:
         """``rank`` of ``ranks``: among those that divide each tensor."""
         self._checkpoint = Checkpoint(model_dir)
-        self._open: dict[Path, Any] = {}
-        self._mapped = 0
-        self._stack = ExitStack()
+        self._files = MappedFiles()
         self._rank, self._ranks = rank, ranks
         self.statistics = ReadStatistics()
 
@@ -53,7 +45,7 @@ class SliceReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._files.close()
 
     def fill(self, weight: Weight, local: Tensor) -> None:
         """Write this rank's slices of a weight into its local tensor, cast to its dtype.
@@ -76,19 +68,9 @@ class SliceReader:
     def _slice(self, name: str, box: tuple[tuple[int, int], ...]) -> Tensor:
         """Part of a stored tensor, as it is."""
         entry = self._checkpoint.entries[name]
-        path, size = entry.file, entry.end - entry.begin
-        if self._mapped + size > MAPPED_MOST:
-            self._stack.close()
-            self._open.clear()
-            self._mapped = 0
-        self._mapped += size
-        if path not in self._open:
-            self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-        tensor: Tensor
-        if box:
-            tensor = self._open[path].get_slice(name)[tuple(slice(start, stop) for start, stop in box)]
-        else:
-            tensor = self._open[path].get_tensor(name)
+        file = self._files.file(entry.file, entry.end - entry.begin)
+        spans = tuple(slice(start, stop) for start, stop in box)
+        tensor: Tensor = file.get_slice(name)[spans] if spans else file.get_tensor(name)
         self.statistics.bytes_read += tensor.nbytes
         self.statistics.largest_bytes = max(self.statistics.largest_bytes, tensor.nbytes)
         self.statistics.tensors += 1

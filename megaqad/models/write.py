@@ -21,6 +21,7 @@ from megaqad.models.architecture import Architecture
 from megaqad.models.hf_files import MAX_FILE_BYTES, HfFiles
 from megaqad.models.model import Held, Model
 from megaqad.models.weights import WHOLE, HfTensor, Weight
+from megaqad.runtime.files import Description
 from megaqad.runtime.ranks import Ranks
 
 
@@ -33,9 +34,9 @@ class Stored:
     dtype: torch.dtype
 
     @property
-    def nbytes(self) -> int:
+    def description(self) -> Description:
         """Of the whole tensor."""
-        return torch.Size(self.tensor.shape).numel() * self.dtype.itemsize
+        return Description.of(self.tensor.name, self.tensor.shape, self.dtype)
 
 
 class Conversion(Protocol):
@@ -63,10 +64,10 @@ class Cast:
         return [shard.to(self.dtype) for shard in shards]
 
 
-def stored_tensors(architecture: Architecture, conversion: Conversion) -> list[tuple[str, int]]:
-    """(name, bytes) of every tensor in the order of ``stream_tensors``."""
+def stored_tensors(architecture: Architecture, conversion: Conversion) -> list[Description]:
+    """Every tensor in the order of ``stream_tensors``."""
     stored = (one for weight in architecture.stored_weights for one in conversion.stored(weight))
-    return list({one.tensor.name: one.nbytes for one in stored}.items())
+    return list({one.tensor.name: one.description for one in stored}.values())
 
 
 @torch.no_grad()
@@ -203,7 +204,7 @@ def save_pretrained(
     config.pop("torch_dtype", None)
     config.pop("quantization_config", None)  # of a source that was itself quantized
     with files.writing() as folder:
-        sizes = stored_tensors(model.architecture, conversion)
-        files.write_tensors(folder, sizes, stream_tensors(model, conversion), max_file_bytes)
+        described = stored_tensors(model.architecture, conversion)
+        files.write_tensors(folder, described, stream_tensors(model, conversion), max_file_bytes)
         files.write_json(folder, "config.json", config)
         files.copy_side_files(folder, model_dir)

@@ -6,15 +6,16 @@ is created by plain ``open``, so its permissions follow the user's umask (the sa
 0600 behind, which locks colleagues out of a shared run).
 
 Weights are safetensors: eight bytes of header length, a JSON header, raw little-endian data. Writing it here takes
-thirty lines and gives the digest of the bytes in the same pass.
+fifty lines and gives the digest of the bytes in the same pass, or takes tensors as they come, one in memory at a time.
 """
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,20 +26,39 @@ BLOCK_BYTES = 16 * 1024 * 1024
 """Bytes written and hashed at a time: large enough for a disk, small enough for a cache."""
 
 SAFETENSORS_DTYPES = {
+    torch.uint64: "U64",
     torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
+    torch.uint32: "U32",
     torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.uint16: "U16",
     torch.int16: "I16",
+    torch.float8_e8m0fnu: "F8_E8M0",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
 """In the order in which the safetensors library lays tensors out, so that our files are its files byte for byte: wide
 elements first, which keeps every tensor aligned, and by name within a dtype."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """A tensor of a safetensors file, in the file's terms."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, name: str, shape: Sequence[int], dtype: torch.dtype) -> "Description":
+        return cls(name, SAFETENSORS_DTYPES[dtype], tuple(shape), math.prod(shape) * dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -99,39 +119,62 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     Raises:
         OSError: the disk is full, the directory is read-only, ...
     """
-    digest = hashlib.sha256()
-    size = 0
+    beginning, places = _layout([Description.of(name, one.shape, one.dtype) for name, one in tensors.items()], metadata)
+    digest = hashlib.sha256(beginning)
+    size = len(beginning)
     with path.open("xb") as file:
-        for block in _safetensors_blocks(tensors, metadata):
-            file.write(block)
-            digest.update(block)
-            size += len(block)
+        file.write(beginning)
+        for name in places:
+            for block in _blocks(tensors[name]):
+                file.write(block)
+                digest.update(block)
+                size += len(block)
         file.flush()
         os.fsync(file.fileno())
     return FileDigest(size, digest.hexdigest())
 
 
-def _safetensors_blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
-    """The bytes of a safetensors file, at most ``BLOCK_BYTES`` at a time."""
+def write_safetensors_as_they_come(
+    path: Path, tensors: Iterable[tuple[str, Tensor]], described: Sequence[Description], metadata: Mapping[str, str]
+) -> None:
+    """The file of ``write_safetensors`` from tensors in any order, each let go before the next is asked for.
+
+    Args:
+        described: what ``tensors`` gives.
+    """
+    beginning, places = _layout(described, metadata)
+    shapes = {one.name: one.shape for one in described}
+    with path.open("xb") as file:
+        file.write(beginning)
+        for name, tensor in tensors:
+            assert shapes.pop(name) == tuple(tensor.shape), f"{name} has another shape than was said"
+            file.seek(len(beginning) + places[name])
+            for block in _blocks(tensor):
+                file.write(block)
+        assert not shapes, f"{sorted(shapes)} did not come"
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _layout(described: Sequence[Description], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """What a file begins with, and where after it each tensor lies, in order."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
-    offset = 0
-    dtypes = list(SAFETENSORS_DTYPES)
-    laid_out = sorted(tensors.items(), key=lambda entry: (dtypes.index(entry[1].dtype), entry[0]))
-    for name, tensor in laid_out:
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
+    places: dict[str, int] = {}
+    dtypes, offset = list(SAFETENSORS_DTYPES.values()), 0
+    for one in sorted(described, key=lambda one: (dtypes.index(one.dtype), one.name)):
+        places[one.name], end = offset, offset + one.nbytes
+        header[one.name] = {"dtype": one.dtype, "shape": list(one.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    yield memoryview(len(text).to_bytes(8, "little") + text)
-    for _, tensor in laid_out:
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        for start in range(0, len(data), BLOCK_BYTES):
-            yield data[start : start + BLOCK_BYTES]
+    return len(text).to_bytes(8, "little") + text, places
+
+
+def _blocks(tensor: Tensor) -> Iterator[memoryview]:
+    """A tensor's bytes, at most ``BLOCK_BYTES`` at a time."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    for start in range(0, len(data), BLOCK_BYTES):
+        yield data[start : start + BLOCK_BYTES]
 
 
 def digest_of(path: Path, *, from_disk: bool = False) -> FileDigest:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megaqad.errors import UserError
 from megaqad.runtime.files import FileDigest, write_safetensors
+from megaqad.runtime.mapped import MappedFiles
 from megaqad.training.pieces import Box, LocalPiece, Piece
 
 PIECES_KEY = "pieces"
@@ -80,16 +81,14 @@ class PieceReader:
             UserError: a file is missing, is no safetensors file, or describes pieces that it cannot hold.
         """
         self._stored: dict[str, list[StoredPiece]] = defaultdict(list)
-        self._open: dict[Path, Any] = {}
+        self._files = MappedFiles()
         for file in files:
             for stored in self._describe(file):
                 self._stored[stored.piece.key].append(stored)
 
     def _describe(self, file: Path) -> list[StoredPiece]:
         try:
-            opened = safe_open(file, framework="pt")
-            self._open[file] = opened
-            described = json.loads(opened.metadata()[PIECES_KEY])
+            described = json.loads(self._files.file(file, 0).metadata()[PIECES_KEY])
             return [StoredPiece(_parse(entry), file, name) for name, entry in described.items()]
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is no part of a checkpoint ({error}): use another checkpoint") from error
@@ -144,16 +143,17 @@ class PieceReader:
         for one in parts:
             low, high = max(start, one.piece.start), min(stop, one.piece.stop)
             if low < high:
-                flat = self._open[one.file].get_slice(one.name)
+                size = (high - low) * values.itemsize
+                flat = self._files.file(one.file, size).get_slice(one.name)
                 values[low - start : high - start] = flat[low - one.piece.start : high - one.piece.start]
         return values
 
     def _dtype(self, stored: StoredPiece) -> torch.dtype:
-        return self._open[stored.file].get_slice(stored.name)[:0].dtype
+        return self._files.file(stored.file, 0).get_slice(stored.name)[:0].dtype
 
     def close(self) -> None:
         """Let go of the files."""
-        self._open.clear()
+        self._files.close()
 
 
 def _parse(entry: Any) -> Piece:

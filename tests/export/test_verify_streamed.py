@@ -263,10 +263,7 @@ from pathlib import Path
 import torch
 from megaqad.export.client.checkpoint import open_export
 from megaqad.export.client.model import StreamedModel, WholeModel
-
-def peak():  # not getrusage's, which begins at the peak of the parent process
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+from tests.resident import peak_resident as peak
 
 torch.set_num_threads(1)
 client = open_export(Path(sys.argv[1]))

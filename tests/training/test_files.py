@@ -17,10 +17,12 @@ from megaqad.runtime import lock as lock_module
 from megaqad.runtime.duration import seconds_of
 from megaqad.runtime.files import (
     SAFETENSORS_DTYPES,
+    Description,
     FileDigest,
     digest_of,
     free_bytes,
     write_safetensors,
+    write_safetensors_as_they_come,
     write_text_whole,
 )
 from megaqad.runtime.lock import DirectoryLock
@@ -59,6 +61,9 @@ def test_the_bytes_are_those_of_the_safetensors_library(tmp_path):
     write_safetensors(tmp_path / "ours", tensors, {"format": "pt"})
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs", {"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    described = [Description.of(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
+    write_safetensors_as_they_come(tmp_path / "came", reversed(tensors.items()), described, {"format": "pt"})
+    assert (tmp_path / "came").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
