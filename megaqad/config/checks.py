@@ -43,6 +43,7 @@ COMMANDS_THAT_DISTILL = ("demo", "recover", "distill")
 COMMANDS_THAT_START = ("demo", "recover", "quantize", "distill")
 COMMANDS_WITH_DATA = ("demo", "recover", "quantize", "distill", "evaluate", "pretrain", "bench step")
 COMMANDS_WITH_TOKENS = ("demo", "recover", "verify", "logits")
+HOW_TO_GIVE_DATA = "give data=<file.txt>, a directory or a glob, or data=stdlib"
 
 
 def world_size(settings: Settings) -> int:
@@ -66,7 +67,7 @@ def check_settings(command: str, settings: Settings) -> Architecture:
             raise UserError(f"{name} is not set: give {name}=<directory>")
     reads_data = command in COMMANDS_WITH_DATA
     if reads_data and settings.data.source == "text" and not settings.data.files:
-        raise UserError("data is not set: give data=<file.txt>, a directory or a glob, or data=stdlib")
+        raise UserError(f"data is not set: {HOW_TO_GIVE_DATA}")
     _check_values(settings)
     _check_world(settings)
     architecture = describe_model(settings.model_dir)
@@ -131,7 +132,7 @@ def _check_start(command: str, settings: Settings, architecture: Architecture) -
         raise UserError(f"{named} has other tensors than model={settings.model}: give a student of the same model")
     check_checkpoint(architecture, start)
     if settings.data.source == "text" and not settings.data.files:
-        raise UserError(f"{named} is calibrated anew: give data=<file.txt>, a directory or a glob, or data=stdlib")
+        raise UserError(f"{named} is calibrated anew: {HOW_TO_GIVE_DATA}")
 
 
 def _check_values(settings: Settings) -> None:

@@ -7,7 +7,7 @@ Records stand on lines of their own or in one array.
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,10 +55,11 @@ def documents(path: Path, content: bytes) -> Iterator[Document]:
     Errors: `UserError` naming the file and its kind, the byte offset (not UTF-8) or the record (not JSON, no text).
     """
     text = _decoded(path, content)
-    if not _holds_records(path, text):
+    records = _records(path, text)
+    if records is None:
         yield Document(str(path), text)
         return
-    for where, record in _records(path, text):
+    for where, record in records:
         yield Document(where, _record_text(record, where))
 
 
@@ -86,17 +87,6 @@ def _decoded(path: Path, content: bytes) -> str:
         ) from None
 
 
-def _holds_records(path: Path, text: str) -> bool:
-    if path.suffix.lower() in RECORD_SUFFIXES:
-        return True
-    start = text.lstrip()
-    if not start.startswith(("{", "[")):
-        return False
-    first = _parsed(start.split("\n", 1)[0])
-    whole = _parsed(start) if first is None else first
-    return isinstance(whole[0] if isinstance(whole, list) and whole else whole, dict)
-
-
 def _parsed(text: str) -> Any:
     """The value of JSON text, None where it is not JSON."""
     try:
@@ -105,17 +95,26 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def _records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """(where, value) of every record: items of an array, the one object of a file, or the lines."""
+def _records(path: Path, text: str) -> Iterable[tuple[str, Any]] | None:
+    """(where, value) of every record: items of an array, the one object of a file, or the lines. None where neither the
+    file's name nor what it begins with says that it holds records."""
+    named, start = path.suffix.lower() in RECORD_SUFFIXES, text.lstrip()
+    if not named and not start.startswith(("{", "[")):
+        return None
     whole = _parsed(text)
-    if isinstance(whole, list):
-        yield from ((f"{path} item {number}", record) for number, record in enumerate(whole, start=1))
-    elif isinstance(whole, dict):
-        yield str(path), whole
-    else:
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                yield f"{path} line {number}", _record(line, f"{path} line {number}")
+    if isinstance(whole, list) and (named or (whole and isinstance(whole[0], dict))):
+        return ((f"{path} item {number}", record) for number, record in enumerate(whole, start=1))
+    if isinstance(whole, dict):
+        return [(str(path), whole)]
+    if named or isinstance(_parsed(start.split("\n", 1)[0]), dict):
+        return _lines(path, text)
+    return None
+
+
+def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"{path} line {number}", _record(line, f"{path} line {number}")
 
 
 def _record(line: str, where: str) -> Any:
