@@ -143,19 +143,23 @@ class _Source:
         size = stored.tensor.size[cut.dim]
         spans = [cut.span(size, rank, ranks) for rank in range(ranks)]
         longest = max(stop - start for start, stop in spans)
-        padded = torch.zeros(
-            (*shard.shape[: cut.dim], longest, *shard.shape[cut.dim + 1 :]), dtype=stored.dtype, device=shard.device
-        )
-        padded.narrow(cut.dim, 0, shard.shape[cut.dim]).copy_(shard)
-        parts = [torch.empty_like(padded) for _ in range(ranks)] if self.ranks.tensor_rank == 0 else None
+        if shard.shape[cut.dim] == longest:
+            equal = shard.contiguous()
+        else:
+            equal = shard.new_zeros(*shard.shape[: cut.dim], longest, *shard.shape[cut.dim + 1 :])
+            equal.narrow(cut.dim, 0, shard.shape[cut.dim]).copy_(shard)
+        together = equal.new_empty(ranks, *equal.shape) if self.ranks.tensor_rank == 0 else None
+        parts = None if together is None else list(together)
         dist.gather(
-            _bytes(padded),
-            [_bytes(part) for part in parts] if parts is not None else None,
+            _bytes(equal),
+            None if parts is None else [_bytes(part) for part in parts],
             group=self.ranks.tensor_group,
             group_dst=0,
         )
-        if parts is None:
+        if together is None or parts is None:
             return None
+        if cut.dim == 0 and all(cut.is_first(rank, ranks) for rank in range(ranks)):
+            return together.flatten(0, 1)[:size]  # they lie one after the other already
         own = [
             part.narrow(cut.dim, 0, stop - start)
             for rank, (part, (start, stop)) in enumerate(zip(parts, spans, strict=True))
