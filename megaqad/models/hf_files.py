@@ -28,7 +28,7 @@ from megaqad.runtime.files import (
 from megaqad.runtime.ranks import Ranks
 
 MAX_FILE_BYTES = 5_000_000_000
-"""Weights per file; also the most that the writer holds in memory."""
+"""Weights per file."""
 
 WEIGHTS = (".safetensors", *OTHER_WEIGHTS, ".incomplete")
 """Endings of files that hold weights."""
@@ -60,7 +60,7 @@ class HfFiles:
         Raises:
             UserError: ``output_dir`` holds something that it must not lose, or cannot be written; on every rank.
         """
-        on_main(self._refuse_occupied)
+        on_main(lambda: refuse_occupied(self.output_dir, self.manifest))
         folder = self.output_dir.with_name(f".{self.output_dir.name}.incomplete")
         if self.ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)
@@ -84,29 +84,6 @@ class HfFiles:
         folder.rename(self.output_dir)
         sync_directory(self.output_dir.parent)
         shutil.rmtree(earlier, ignore_errors=True)
-
-    def _refuse_occupied(self) -> None:
-        if not self.output_dir.exists():
-            return
-        if not self.output_dir.is_dir():
-            raise UserError(f"{self.output_dir} is a file; choose another directory or remove it")
-        foreign = [path.name for path in self.output_dir.iterdir() if path.name not in self._written_before()]
-        if foreign:
-            raise UserError(
-                f"{self.output_dir} already holds {sorted(foreign)[0]}, which is not replaced; move it, or choose "
-                "another directory"
-            )
-
-    def _written_before(self) -> set[str]:
-        """What an earlier call left in ``output_dir``."""
-        path = self.output_dir / (self.manifest or "")
-        if self.manifest is None or not path.is_file():
-            return set()
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return {self.manifest, *content["files"], *content["weights"]}
-        except (ValueError, TypeError, KeyError, OSError):
-            return set()
 
     def write_tensors(
         self,
@@ -151,6 +128,34 @@ class HfFiles:
                 write_bytes_whole(folder / path.name, path.read_bytes())
             elif path.is_dir() and path.name in SIDE_FOLDERS:
                 shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+
+
+def refuse_occupied(output_dir: Path, manifest: str | None) -> None:
+    """Whether a checkpoint may be put in the place of ``output_dir``. ``manifest``: as of ``HfFiles``.
+
+    Raises:
+        UserError: it holds something that was not written here.
+    """
+    if not output_dir.exists():
+        return
+    if not output_dir.is_dir():
+        raise UserError(f"{output_dir} is a file; choose another directory or remove it")
+    foreign = {path.name for path in output_dir.iterdir()} - _written_before(output_dir, manifest)
+    if foreign:
+        raise UserError(
+            f"{output_dir} already holds {sorted(foreign)[0]}, which is not replaced; move it, or choose another "
+            "directory"
+        )
+
+
+def _written_before(output_dir: Path, manifest: str | None) -> set[str]:
+    if manifest is None:
+        return set()
+    try:
+        content = json.loads((output_dir / manifest).read_text(encoding="utf-8"))
+        return {manifest, *content["files"], *content["weights"]}
+    except (ValueError, TypeError, KeyError, OSError):
+        return set()
 
 
 def is_side_file(path: Path) -> bool:

@@ -53,12 +53,15 @@ class SliceReader:
         Raises:
             UserError: one of them holds NaN or Inf then.
         """
-        values = [self.read(part).to(local.dtype) for part in weight.parts]
-        for part, value in zip(weight.parts, values, strict=True):
-            if not torch.isfinite(tensor_amax(value)):
-                path = self._checkpoint.file_of(part.name)
-                raise UserError(f"{path}: {part.name} holds NaN or Inf; repair the checkpoint, or copy it again")
+        values = [self.read(part) for part in weight.parts]
         weight.fill(local, values, self._ranks)
+        if torch.isfinite(tensor_amax(local)):
+            return
+        bad = next(
+            part for part, value in zip(weight.parts, values, strict=True) if not value.to(local.dtype).isfinite().all()
+        )
+        path = self._checkpoint.file_of(bad.name)
+        raise UserError(f"{path}: {bad.name} holds NaN or Inf; repair the checkpoint, or copy it again")
 
     def read(self, part: HfTensor) -> Tensor:
         """This rank's slice of one tensor, in the file's dtype, or BF16 of a number format, on the CPU."""

@@ -17,11 +17,13 @@ from megaqad.distillation.forward import forward_hidden
 from megaqad.distillation.teachers import LiveTeacher, Teacher
 from megaqad.errors import UserError
 from megaqad.evaluation import Evaluator
+from megaqad.export.manifest import MANIFEST_FILE
 from megaqad.identity import claim_output_dir, identity_of
 from megaqad.models.architecture import Architecture
 from megaqad.models.build import build_model
 from megaqad.models.encodings import Checkpoint
 from megaqad.models.families import describe_model
+from megaqad.models.hf_files import refuse_occupied
 from megaqad.models.load import load_weights
 from megaqad.models.model import Model
 from megaqad.quantization.calibrate import calibrate
@@ -46,6 +48,7 @@ WITHOUT_BFLOAT16 = ("DEFAULT", "AVX2")
 """PyTorch's names of processors on which a BF16 product takes seven times as long as one of FP32 (2048 x 4096)."""
 FEW_TOKENS = 1000
 """Of held-out text: a mean over fewer says little."""
+COMMANDS_THAT_EXPORT = ("demo", "recover")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -104,6 +107,8 @@ class Session:
         identity = self.identity
         with together():
             if self.ranks.is_main:
+                if command in COMMANDS_THAT_EXPORT:  # not only after training
+                    refuse_occupied(self.settings.run_dir / "export", MANIFEST_FILE)
                 self.lock = claim_output_dir(command, self.settings, identity)
         if self.lock is not None and not self.lock.supported:
             self.terminal.say(f"{self.settings.run_dir} is on a file system without locks: let no second run use it")

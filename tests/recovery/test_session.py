@@ -27,3 +27,20 @@ def test_after_a_refusal_the_next_one_starts(tmp_path: Path) -> None:
     model = make_checkpoint("qwen2", tmp_path / "model")
     settings = [*SMALL_RUN, f"model={model}", f"output_dir={run}", "quantization=nvfp4"]
     assert run_ranks(1, start_in_a_directory_in_use, settings, run) == [1]
+
+
+def start_beside_a_foreign_file(_rank: int, _size: int, settings: list[str], own: Path) -> str:
+    with recovery.start(settings):
+        own.parent.mkdir()
+    own.write_text("mine")
+    with pytest.raises(UserError) as refused:
+        recovery.start(settings)
+    return str(refused.value)
+
+
+def test_a_file_that_the_export_would_replace_is_seen_first(tmp_path: Path) -> None:
+    """Not when training is done."""
+    model = make_checkpoint("qwen2", tmp_path / "model")
+    settings = [*SMALL_RUN, f"model={model}", f"output_dir={tmp_path / 'run'}", "quantization=nvfp4"]
+    [line] = run_ranks(1, start_beside_a_foreign_file, settings, tmp_path / "run" / "export" / "README.md")
+    assert "export already holds README.md, which is not replaced" in line
