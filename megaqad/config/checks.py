@@ -15,6 +15,7 @@ from megaqad.errors import UserError
 from megaqad.models.architecture import Architecture
 from megaqad.models.checks import check_checkpoint, check_layout, check_sequence_length
 from megaqad.models.families import describe_model
+from megaqad.models.operations import FUSED
 from megaqad.models.trainable import check_trainable
 from megaqad.quantization.backend import check_backend
 from megaqad.quantization.formats import cache_number
@@ -23,6 +24,7 @@ from megaqad.runtime.duration import seconds_of
 
 CHOICES = {
     "runtime.dtype": ("bfloat16", "float32"),
+    "runtime.fused": FUSED,
     "export.format": ("modelopt", "compressed_tensors"),
     "verify.model": ("auto", "full", "streamed", "files", "off"),
     "logging.wandb.mode": ("offline", "online", "disabled"),

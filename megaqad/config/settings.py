@@ -125,6 +125,9 @@ class RuntimeSettings:
 
     dtype: str = "bfloat16"
     """Of parameters, activations and GEMMs. ``float32`` is for exact comparisons; exports are BF16/NVFP4 either way."""
+    fused: str = "auto"
+    """``auto``: norms, rotary embeddings, gates and windows of attention by one kernel each on CUDA, by plain PyTorch
+    on the CPU. ``plain``: by plain PyTorch everywhere, to compare with."""
     hang_timeout: str = "20m"
     """Without progress for this long in training or evaluation, every rank prints its stacks and the run ends."""
 

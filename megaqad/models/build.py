@@ -14,6 +14,7 @@ from megaqad.models.architecture import Architecture
 from megaqad.models.blocks.block import Builder, Choices, PlainChoices
 from megaqad.models.causal_lm import CausalLM, Head
 from megaqad.models.model import Model
+from megaqad.models.operations import operations
 from megaqad.models.stages import chunk_layers
 from megaqad.runtime.ranks import Ranks
 from megaqad.runtime.sizes import ParallelSizes
@@ -82,6 +83,7 @@ def build_model(
     head: HeadChoice = lambda chunk: None,
     recompute: bool = False,
     initialize: bool = False,
+    fused: str = "auto",
 ) -> Model:
     """The part of the model that this rank holds, in evaluation mode.
 
@@ -91,12 +93,13 @@ def build_model(
         dtype, recompute, initialize: as in ``transformer_config``.
         choices: the modules where a recipe may quantize; Megatron's own by default.
         head: what rounds the head of the chunk that has it, if anything does.
+        fused: a member of ``operations.FUSED``.
 
     Collectives: with tied embeddings and more than one stage, one all-reduce over the embedding group (Megatron's
     way of starting both copies equal).
     """
     config = transformer_config(architecture, ranks.sizes, dtype=dtype, recompute=recompute, initialize=initialize)
-    builder = Builder(config, ranks, choices or PlainChoices())
+    builder = Builder(config, ranks, choices or PlainChoices(), operations(fused, ranks.device))
     virtual = ranks.sizes.virtual_pipeline
     chunks = []
     for stage in range(virtual):

@@ -96,6 +96,7 @@ def build_quantized(
     dtype: torch.dtype,
     recompute: bool = False,
     initialize: bool = False,
+    fused: str = "auto",
 ) -> Model:
     """A model with the sites of ``plan``, quantizers off. Arguments and collectives as of ``build_model``."""
     choices = QuantizedChoices(plan, ranks, plan.settings.backend)
@@ -108,6 +109,7 @@ def build_quantized(
         head=lambda chunk: choices.head(chunk, weight),
         recompute=recompute,
         initialize=initialize,
+        fused=fused,
     )
     return replace(model, on_change=refresh)
 

@@ -207,8 +207,7 @@ class Session:
 
     def random_model(self) -> Model:
         """A model with random weights and no quantizers."""
-        recompute = self.settings.train.recompute
-        return build_model(self.architecture, self.ranks, dtype=self.dtype, recompute=recompute, initialize=True)
+        return build_model(self.architecture, self.ranks, initialize=True, **self._of_training)
 
     @cached_property
     def teacher(self) -> Model:
@@ -219,13 +218,18 @@ class Session:
         """A checkpoint of any supported architecture in this run's layout, frozen; what a student of ``model`` can
         learn from it."""
         architecture = describe_model(model_dir).teaching(self.architecture.vocab_size)
-        model = build_model(architecture, self.ranks, dtype=self.dtype)
+        model = build_model(architecture, self.ranks, dtype=self.dtype, fused=self.settings.runtime.fused)
         load_weights(model, model_dir)
         return model.freeze()
 
     def _empty_student(self, plan: QuantizationPlan) -> Model:
-        recompute = self.settings.train.recompute
-        return build_quantized(self.architecture, self.ranks, plan, dtype=self.dtype, recompute=recompute)
+        return build_quantized(self.architecture, self.ranks, plan, **self._of_training)
+
+    @property
+    def _of_training(self) -> dict[str, Any]:
+        """How a model that is trained computes."""
+        settings = self.settings
+        return {"dtype": self.dtype, "recompute": settings.train.recompute, "fused": settings.runtime.fused}
 
     def original_student(self, plan: QuantizationPlan | None = None) -> Model:
         """The weights that the run starts from in a model with quantizers, not yet calibrated, quantizers off."""

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megaqad.models.blocks.rotary import Tables, rotate
+from megaqad.models.blocks.rotary import Tables
 from megaqad.models.families import describe_model
+from megaqad.models.operations import PLAIN
 from tests.families.checkpoints import settings, transformers_model
 
 ORIGINAL = 16
@@ -101,7 +102,7 @@ def test_bf16_rotations_equal_transformers(case: str, tmp_path: Path) -> None:
     x = torch.randn(ORIGINAL, 1, 3, rotary.head_dim, dtype=torch.bfloat16)  # [s, b, n, d]
     tables = Tables()
     tables.length = ORIGINAL
-    found = rotate(x, tables.of(rotary, x.dtype, x.device))
+    found = PLAIN.rotate(x, *tables.of(rotary, x.dtype, x.device))
     model = transformers_model(content)
     kind = {"layer_type": model.config.layer_types[0]} if case == "gemma3" else {}
     theirs = x.permute(1, 2, 0, 3)  # [b, n, s, d]

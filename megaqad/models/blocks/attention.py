@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from megaqad.models.blocks.block import Builder, product_flops
 from megaqad.models.blocks.norm import Norm, RMSNorm
-from megaqad.models.blocks.rotary import Rotary, Tables, rotate
+from megaqad.models.blocks.rotary import Rotary, Tables
+from megaqad.models.operations import PLAIN, Operations
 from megaqad.models.weights import COLUMN, ROW, WHOLE, Cut, Heads, HfTensor, Weight
 from megaqad.runtime.sizes import ParallelSizes
 
@@ -134,7 +135,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, block: Attention, builder: Builder) -> None:
         super().__init__()
-        self.block = block
+        self.block, self.operations = block, builder.operations
         self.linear_proj = builder.linear(block.out, bias=block.out_bias)
         self.linear_qkv = builder.linear(block.qkv, bias=block.qkv_bias)
         self.q_layernorm = None if block.query_norm is None else block.query_norm.build(builder)
@@ -154,12 +155,12 @@ class SelfAttention(nn.Module):
             key = _normed(self.k_layernorm, key)
         if block.rotary is not None:
             table = tables.of(block.rotary, query.dtype, query.device)
-            query, key = rotate(query, table), rotate(key, table)
+            query, key = self.operations.rotate(query, *table), self.operations.rotate(key, *table)
         if block.query_scale is not None:
             query = query * block.query_scale.table(tables.length, query)
         if self.cache is not None:
             key, value = self.cache(key, value)
-        mixed = causal_attention(query, key, value, scale=block.scale, window=block.window)
+        mixed = causal_attention(query, key, value, self.operations, scale=block.scale, window=block.window)
         output: Tensor = self.linear_proj(mixed)[0]
         return output
 
@@ -172,7 +173,13 @@ def _normed(norm: RMSNorm, heads: Tensor) -> Tensor:
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, window: int | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operations: Operations = PLAIN,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d]; every sequence is whole on its rank.
 
@@ -181,17 +188,10 @@ def causal_attention(
         window: position i sees i - window + 1 to i; None: 0 to i.
     """
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n or g, s, d]
-    grouped, length = q.shape[1] != k.shape[1], q.shape[2]
-    attend = nn.functional.scaled_dot_product_attention
-    if window is None or window >= length:
+    if window is None or window >= q.shape[2]:
+        grouped = q.shape[1] != k.shape[1]
+        attend = nn.functional.scaled_dot_product_attention
         mixed = attend(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-        return mixed.permute(2, 0, 1, 3).flatten(2)
-    parts = []
-    for start in range(0, length, window):  # the scores of one block of queries at a time
-        stop, first = min(start + window, length), max(start - window + 1, 0)
-        rows = torch.arange(start, stop, device=q.device)[:, None]
-        columns = torch.arange(first, stop, device=q.device)[None]
-        mask = (columns <= rows) & (columns > rows - window)
-        keys, values = k[:, :, first:stop], v[:, :, first:stop]
-        parts.append(attend(q[:, :, start:stop], keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped))
-    return torch.cat(parts, dim=2).permute(2, 0, 1, 3).flatten(2)
+    else:
+        mixed = operations.windowed_attention(q, k, v, scale=scale, window=window)
+    return mixed.permute(2, 0, 1, 3).flatten(2)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from megaqad.models.blocks.grouped import GroupedLinear
+from megaqad.models.operations import PLAIN, Operations
 from megaqad.models.weights import Weight
 from megaqad.runtime.sizes import ParallelSizes
 
@@ -61,6 +62,7 @@ class Builder:
     config: "TransformerConfig"
     ranks: "Ranks"
     choices: Choices
+    operations: Operations = PLAIN
     layer: int | None = None
     """Index of the layer that is built."""
     prefix: str = ""

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaqad.models.blocks.block import Builder, product_flops
-from megaqad.models.blocks.mlp import Mlp, activated
+from megaqad.models.blocks.mlp import Mlp
 from megaqad.models.blocks.rotary import Tables
 from megaqad.models.weights import COLUMN, ROW, GateUp, HfTensor, Weight
 from megaqad.runtime.sizes import ParallelSizes
@@ -112,7 +112,7 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, block: Experts, builder: Builder) -> None:
         super().__init__()
-        self.block, self.ranks = block, builder.ranks
+        self.block, self.ranks, self.operations = block, builder.ranks, builder.operations
         self.sequence_parallel: bool = builder.config.sequence_parallel
         self.router = _matrix(block.routes, builder)
         self.balance = 0.0
@@ -162,7 +162,7 @@ class MixtureOfExperts(nn.Module):
         exchange = _Exchange.of(counts, self.ranks.expert_group)
         arrived = exchange.there(rows)
         inner = self.linear_fc1(arrived, exchange.of_expert)
-        inner = activated(inner, self.block.activation, gated=True)
+        inner = self.operations.gated(inner, self.block.activation)
         back = exchange.back(self.linear_fc2(inner, exchange.of_expert))
         by_token = torch.empty_like(order)
         by_token[order] = torch.arange(len(order), device=order.device)

@@ -1,30 +1,23 @@
 """The feed-forward block: one activation, with or without a gate."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from megaqad.models.blocks.block import Builder, product_flops
 from megaqad.models.blocks.rotary import Tables
+from megaqad.models.operations import ACTIVATIONS
 from megaqad.models.weights import COLUMN, ROW, WHOLE, Copy, GateUp, HfTensor, Join, Weight
-from megaqad.runtime.fused import gated_silu
 from megaqad.runtime.sizes import ParallelSizes
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": nn.functional.silu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
-    "relu2": lambda x: nn.functional.relu(x).square(),
-}
-"""By the names used here; ``activation_of`` translates transformers'."""
 NAMES = {
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }
+"""transformers' names of ``ACTIVATIONS`` that are not theirs."""
 
 
 def activation_of(name: str) -> str | None:
@@ -99,19 +92,11 @@ class FeedForward(nn.Module):
         super().__init__()
         self.linear_fc1 = builder.linear(block.fc1, bias=block.bias)
         self.linear_fc2 = builder.linear(block.fc2, bias=block.bias)
-        self.activation, self.gated = block.activation, block.gated
+        self.activation, self.gated, self.operations = block.activation, block.gated, builder.operations
 
     def forward(self, hidden: Tensor, tables: Tables) -> Tensor:
         inner, _ = self.linear_fc1(hidden)  # [s, b, ffn / tp], twice that with a gate
-        output: Tensor = self.linear_fc2(activated(inner, self.activation, gated=self.gated))[0]
+        activation = self.activation
+        inner = self.operations.gated(inner, activation) if self.gated else ACTIVATIONS[activation](inner)
+        output: Tensor = self.linear_fc2(inner)[0]
         return output
-
-
-def activated(inner: Tensor, activation: str, *, gated: bool) -> Tensor:
-    """activation(gate) * up of [.., gate then up], or activation(up)."""
-    if not gated:
-        return ACTIVATIONS[activation](inner)
-    if activation == "silu":
-        return gated_silu(inner)
-    gate, up = torch.chunk(inner, 2, dim=-1)
-    return ACTIVATIONS[activation](gate) * up

@@ -5,18 +5,14 @@ Megatron knows that the weight's gradient must be summed over the tensor-paralle
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaqad.models.blocks.block import Builder
+from megaqad.models.operations import Order, weighted
 from megaqad.models.weights import WHOLE, Cut, HfTensor, Weight
-
-Order = Literal["cast_first", "weight_first", "centred"]
-"""``cast_first``: weight * cast(normalised), Llama. ``weight_first``: cast(weight * normalised), OLMo 2. ``centred``:
-cast((1 + weight) * normalised), Gemma, whose weights are stored less one."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +45,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         ((start, stop),) = norm.weight("").parts[0].box(builder.ranks.tensor_rank, builder.ranks.sizes.tensor)
         self.eps, self.order, self.size = norm.eps, norm.order, norm.size
+        self.operations = builder.operations
         self.group = builder.ranks.tensor_group if norm.cut.dim is not None and stop - start < norm.size else None
         self.weight = nn.Parameter(torch.ones(stop - start, dtype=builder.config.params_dtype, device=builder.device))
         if norm.order == "centred" and builder.config.perform_initialization:
@@ -57,17 +54,12 @@ class RMSNorm(nn.Module):
             self.weight.sequence_parallel = builder.config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
         if self.group is None:
-            mean = wide.square().mean(-1, keepdim=True)
-        else:
-            counted = x.shape[-1] * self.group.size()  # heads that ranks share are in the sum as often as here
-            mean = _SumOverRanks.apply(wide.square().sum(-1, keepdim=True), self.group) / counted
-        normed = wide * torch.rsqrt(mean + self.eps)
-        if self.order == "cast_first":
-            return self.weight * normed.to(x.dtype)
-        weight = self.weight.float() + 1.0 if self.order == "centred" else self.weight.float()
-        return (weight * normed).to(x.dtype)
+            return self.operations.rms_norm(x, self.weight, self.eps, self.order)
+        wide = x.float()
+        counted = x.shape[-1] * self.group.size()  # heads that ranks share are in the sum as often as here
+        mean = _SumOverRanks.apply(wide.square().sum(-1, keepdim=True), self.group) / counted
+        return weighted(wide * torch.rsqrt(mean + self.eps), self.weight, self.order, x.dtype)
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -87,12 +87,3 @@ class Tables:
             table = rotary.table(self.length, dtype, device)
             self._kept[rotary] = (self.length, table)
         return table
-
-
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """``x`` [s, b, n, d] with its leading dims rotated, halves against halves."""
-    cos, sin = table
-    turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = turned.chunk(2, dim=-1)
-    turned = ((turned * cos) + (torch.cat((-second, first), dim=-1) * sin)).to(x.dtype)
-    return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
