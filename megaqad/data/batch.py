@@ -1,9 +1,13 @@
 """The one type of batch, from the source of tokens to the loss."""
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from megaqad.losses.inputs import Work
 
 
 @dataclass(frozen=True)
@@ -18,13 +22,13 @@ class Batch:
     """float32 [b, s], how much each label counts in the loss; 0 leaves it out."""
     teacher_hidden: Tensor | None = None
     """[s(/tp), b, h], the teacher's last hidden states; on the last stage of a distillation step."""
+    work: "Work | None" = None
+    """Which tokens the loss looks at; on the last stage of a step."""
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.tokens.to(device), self.labels.to(device), self.weights.to(device), self.teacher_hidden)
-
-    def taught(self, hidden: Tensor) -> "Batch":
-        """With the teacher's last hidden states."""
-        return replace(self, teacher_hidden=hidden)
+        return replace(
+            self, tokens=self.tokens.to(device), labels=self.labels.to(device), weights=self.weights.to(device)
+        )
 
 
 def flatten_tokens(values: Tensor) -> Tensor:

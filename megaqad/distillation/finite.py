@@ -1,6 +1,7 @@
 """Is every loss and every gradient of a step a number? If not: on which rank, in which microbatch?
 
-Non-finite teacher logits are looked for first (``teacher_fault``): no later step can fix them, so the run ends there.
+Non-finite teacher logits make every loss so, and no later step can fix them: where a step failed they are looked for
+first (``teacher_fault``), and the run ends there.
 
 A NaN in one weight's gradient is in every weight after one update, so it has to be seen before the optimizer steps.
 Three looks, each where it is cheap:

@@ -11,7 +11,7 @@ neither microbatches nor data-parallel ranks are averaged over.
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -29,6 +29,7 @@ from megaqad.distillation.teachers import Teacher
 from megaqad.errors import UserError
 from megaqad.losses import CrossEntropy, ForwardKL, linear_divergence
 from megaqad.losses import Objective as Divergence
+from megaqad.losses.inputs import Layout, Tokens, plan_work
 from megaqad.models.causal_lm import CausalLM
 from megaqad.models.model import Model
 from megaqad.models.shared_heads import spread_shared_weights, sum_shared_gradients
@@ -93,7 +94,7 @@ class DistillationStep:
         assert not needs_teacher or teacher is not None, "distillation needs a teacher"
         self.teacher = teacher if needs_teacher else None
         self.watch = FiniteWatch(self.student, self.ranks)
-        self._weight_sum = torch.zeros(())
+        self._weight_sum = 0.0
         for chunk in self.student:
             chunk.module.config.finalize_model_grads_func = self._finish_gradients
 
@@ -103,14 +104,15 @@ class DistillationStep:
         A step whose loss or gradient is not finite leaves weights and moments alone; the schedule moves on with the
         data either way.
 
-        Collectives: the schedules', the gradient reduction, two sums over data-parallel ranks and one over stages, one
-        flag of the teacher's, those of the losses and of ``FiniteWatch.fault``.
+        Collectives: the schedules', the gradient reduction, two sums over data-parallel ranks and one over stages,
+        those of the losses and of ``FiniteWatch.fault``. The device is waited for as the step begins, when it has
+        nothing to do, and when the gradient is there; not in between.
 
         Raises:
             UserError: the teacher gives NaN or Inf; the message says where.
         """
         self._weight_sum, tokens = self._count(micro_batches)
-        prepared = self._with_teacher(micro_batches)
+        prepared = self._with_teacher(self._planned(micro_batches))
         for chunk in self.student:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -120,6 +122,8 @@ class DistillationStep:
             per_micro_batch = self._forward_backward(prepared)
         loss = self._mean(per_micro_batch)
         fault = self.watch.fault(per_micro_batch)
+        if fault is not None:
+            self._refuse_bad_teacher(prepared)
         grad_norm = None if fault is not None else self.optimizer.step()[1]
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.scheduler.step(increment=1)
@@ -134,21 +138,46 @@ class DistillationStep:
             return list(micro_batches)
         with self.hidden.captured() if self.hidden is not None else nullcontext():
             hidden = self.teacher.last_hidden([batch.tokens for batch in micro_batches])
+        if not self.ranks.is_last_stage:
+            return list(micro_batches)
+        return [replace(batch, teacher_hidden=kept) for batch, kept in zip(micro_batches, hidden, strict=True)]
+
+    def _refuse_bad_teacher(self, micro_batches: Sequence[Batch]) -> None:
+        """Raise when a step failed because the teacher's numbers are none: no later step can fix them. Collective."""
+        if self.teacher is None:
+            return
+        hidden = [batch.teacher_hidden for batch in micro_batches if batch.teacher_hidden is not None]
         weights = [batch.weights for batch in micro_batches]
         faults = gather_problems(teacher_fault(self.teacher, hidden, weights, self.ranks))
         if faults:
             raise UserError(explain_teacher(faults, step=self.scheduler.num_steps + 1))
+
+    def _planned(self, micro_batches: Sequence[Batch]) -> list[Batch]:
+        """With what the losses will look at, on the last stage. Collective over its tensor-parallel ranks."""
         if not self.ranks.is_last_stage:
             return list(micro_batches)
-        return [batch.taught(kept) for batch, kept in zip(micro_batches, hidden, strict=True)]
+        chunk, layout = self.model.last, Layout(self.ranks.tensor_group, self.ranks.sizes.sequence)
+        columns = len(chunk.original_head()) if self._taught_by is None else len(self._taught_by.head_weight())
+        planned = []
+        for batch in micro_batches:
+            labels = flatten_tokens(batch.labels) if self.divergence.needs_labels else None
+            tokens = Tokens(flatten_tokens(batch.weights), labels, chunk.vocab_start)
+            planned.append(replace(batch, work=plan_work(tokens, columns, layout)))
+        return planned
 
-    def _count(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, int]:
-        """Sum of the token weights of the global batch, float64 [], and how many are not 0; the same on every rank."""
+    @property
+    def _taught_by(self) -> Teacher | None:
+        """Whose distribution the loss compares with, if with any."""
+        return self.teacher if self.divergence.needs_teacher else None
+
+    def _count(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
+        """Sum of the token weights of the global batch, and how many are not 0; the same on every rank."""
         counts = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         for batch in micro_batches:
             counts += torch.stack([batch.weights.double().sum(), batch.weights.count_nonzero().double()])
         dist.all_reduce(counts, group=self.ranks.data_group)
-        return counts[0], int(counts[1].item())
+        weight_sum, tokens = counts.tolist()
+        return weight_sum, int(tokens)
 
     def _forward_backward(self, micro_batches: list[Batch], *, force_all_reduce: bool = False) -> list[Tensor]:
         """Losses of the microbatches on the last stage; gradients in the buffers, each data-parallel rank its share, or
@@ -185,16 +214,15 @@ class DistillationStep:
         sum_shared_gradients(self.model)
         if self._weight_sum > 0:
             for chunk in chunks:
-                chunk.scale_gradients(1.0 / self._weight_sum.float())
+                chunk.scale_gradients(float(1.0 / torch.tensor(self._weight_sum, dtype=torch.float32)))
 
     def _loss(self, hidden: Tensor, model: CausalLM, batch: Batch) -> Tensor:
         """Sum of the token losses. ``hidden``: [s(/tp), b, h] on the last stage."""
         head, main_grad = model.head_weight(), model.head_main_grad()
         teacher_hidden = teacher_head = None
-        if self.divergence.needs_teacher:
-            assert self.teacher is not None
+        if self._taught_by is not None:
             assert batch.teacher_hidden is not None
-            teacher_hidden, teacher_head = batch.teacher_hidden.flatten(0, 1), self.teacher.head_weight()
+            teacher_hidden, teacher_head = batch.teacher_hidden.flatten(0, 1), self._taught_by.head_weight()
             rows = len(teacher_head)  # a teacher may have fewer ids (``Architecture.teaching``)
             head, main_grad = head[:rows], None if main_grad is None else main_grad[:rows]
         loss, _ = linear_divergence(
@@ -209,6 +237,7 @@ class DistillationStep:
             group=self.ranks.tensor_group,
             sequence_parallel=self.ranks.sizes.sequence,
             accumulate_into=main_grad,
+            work=batch.work,
         )
         return loss
 
@@ -222,4 +251,4 @@ class DistillationStep:
         dist.all_reduce(total, group=self.ranks.data_group)
         if self.ranks.sizes.pipeline > 1:
             dist.all_reduce(total, group=self.ranks.pipeline_group)
-        return float(total / self._weight_sum) if self._weight_sum > 0 else float(total)
+        return float(total) / self._weight_sum if self._weight_sum > 0 else float(total)

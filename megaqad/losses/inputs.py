@@ -107,7 +107,27 @@ def agree_on_work(
     Collectives: one small all-gather (none without a group). Raises ValueError on all ranks if one must refuse.
     """
     problem = next(_refusals(student, teacher, tokens, layout), None)
-    device = student.hidden.device
+    return _agreed(tokens, len(student.head), layout, hidden_gradient=hidden_gradient, problem=problem)
+
+
+def plan_work(tokens: Tokens, columns: int, layout: Layout) -> Work:
+    """``agree_on_work`` before there are any hidden states, for a student whose hidden states have a gradient.
+
+    Whoever runs many microbatches plans them together, at a moment when the device has nothing to do: the agreement
+    waits for it. ``columns``: rows of this rank's head. Collective and errors: the same.
+    """
+    return _agreed(tokens, columns, layout, hidden_gradient=True, problem=None)
+
+
+def check(student: Model, teacher: Model | None, tokens: Tokens, layout: Layout) -> None:
+    """Raise ValueError on this rank for arguments that do not fit; waits for nothing."""
+    problem = next(_refusals(student, teacher, tokens, layout), None)
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def _agreed(tokens: Tokens, columns: int, layout: Layout, *, hidden_gradient: bool, problem: str | None) -> Work:
+    device = tokens.weights.device
     active = torch.nonzero(tokens.weights).squeeze(-1) if problem is None else torch.empty(0, dtype=torch.int64)
     views = agree(
         {
@@ -115,7 +135,7 @@ def agree_on_work(
             "tokens": tokens.weights.shape[0],
             "active": active.shape[0],
             "position": int(active.sum()),
-            "columns": student.head.shape[0],
+            "columns": columns,
             "vocab_start": tokens.vocab_start,
             "hidden_gradient": int(hidden_gradient),
         },

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megaqad.losses import blocks, gemm, inputs, kernels, kl, reference
-from megaqad.losses.inputs import Layout, Model, Tokens
+from megaqad.losses.inputs import Layout, Model, Tokens, Work
 from megaqad.losses.objectives import CrossEntropy, ForwardKL, Objective
 from megaqad.losses.objectives.base import ALL, Chunk, Evaluation
 from megaqad.losses.sharding import Group, scatter_sequence_sum, sum_over_shards_
@@ -47,11 +47,16 @@ class _Plan:
     accumulate_into: Tensor | None
     wants_hidden: bool
     wants_head: bool
+    work: Work | None
 
 
 def _run(student: Model, teacher: Model | None, plan: _Plan) -> _Outcome:
     """All chunks of one call. Collectives: see `linear_divergence`."""
-    work = inputs.agree_on_work(student, teacher, plan.tokens, plan.layout, hidden_gradient=plan.wants_hidden)
+    work = plan.work
+    if work is None:
+        work = inputs.agree_on_work(student, teacher, plan.tokens, plan.layout, hidden_gradient=plan.wants_hidden)
+    else:
+        inputs.check(student, teacher, plan.tokens, plan.layout)
     student = inputs.whole_sequence(student, plan.layout)
     teacher = None if teacher is None else inputs.whole_sequence(teacher, plan.layout)
     longest = max((chunk.shape[0] for chunk in work.chunks), default=0)
@@ -167,6 +172,7 @@ def linear_divergence(
     group: Group = None,
     sequence_parallel: bool = False,
     accumulate_into: Tensor | None = None,
+    work: Work | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """loss = sum_i token_weights[i] * objective_i, and the tokens' own losses, from hidden states and heads.
@@ -186,8 +192,9 @@ def linear_divergence(
     Tokens of weight 0 take no part in any product and may hold NaN. `accumulate_into` (FP32 [V_local, H_s],
     Megatron-Core's `main_grad` of the head) receives the head's gradient in backward, added in FP32; autograd then
     gets None for the head. Backward may run once per call. A head padded to a round number of rows: give `head[:rows]`,
-    the rows that are vocabulary, for both models; padding then takes no part, and its gradient is 0. Raises
-    ValueError, on every rank, for arguments that do not fit together.
+    the rows that are vocabulary, for both models; padding then takes no part, and its gradient is 0. `work`: what
+    `plan_work` gave for these tokens; then nothing here waits for the device. Raises ValueError, on every rank, for
+    arguments that do not fit together.
     """
     teacher = None
     if objective.needs_teacher:
@@ -225,6 +232,7 @@ def linear_divergence(
         accumulate_into=accumulate_into,
         wants_hidden=with_grad and student_hidden.requires_grad,
         wants_head=with_grad and student_head.requires_grad,
+        work=work,
     )
     loss, token_loss = _GradientsInForwardThenScale.apply(student_hidden, student_head, teacher, plan)
     return loss, token_loss
