@@ -27,6 +27,9 @@ from megaqad.quantization.formats import LinearFormat, cache_number, calibrates_
 from megaqad.quantization.numbers import EXPORT_DTYPE, Packed, fp8_scale, number_format
 from megaqad.quantization.scales import DEFAULT_SCALING, Scaling, count_magnitudes
 
+ELEMENTS_AT_ONCE = 1 << 22
+"""Of a weight, where its errors are summed in FP64."""
+
 
 class QuantizerMode(Enum):
     """What a site does in forward."""
@@ -226,8 +229,13 @@ class WeightSite(Site):
 
     def squared_errors(self) -> Tensor:
         """float64 [2]: squared error of this rank's quantized weight, and its squared size."""
-        weight = self.export_weight().double()
-        return torch.stack([(self.quantized_weight.double() - weight).square().sum(), weight.square().sum()])
+        rounded, weight = self.quantized_weight, self.export_weight()
+        sums = torch.zeros(2, dtype=torch.float64, device=weight.device)
+        rows = max(1, ELEMENTS_AT_ONCE * len(weight) // max(1, weight.numel()))
+        for ours, exact in zip(rounded.split(rows), weight.split(rows), strict=True):
+            wide = exact.double()
+            sums += torch.stack([(ours.double() - wide).square().sum(), wide.square().sum()])
+        return sums
 
     def stored(self, place: int, shards: Sequence[Tensor], ranks: tuple[int, int]) -> list[Packed]:
         """What a checkpoint holds of ``weights[place]``: for each of its parts this rank's tensors, by their ending.
