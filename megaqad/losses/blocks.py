@@ -1,7 +1,7 @@
 """Forward KL on one vocabulary shard in plain PyTorch: the portable kernel, and the shape of every other one.
 
-A kernel is two functions. `statistics` reduces a token's local logits to five numbers; after the ranks have exchanged
-them, `gradient` turns each logit into its derivative with no further communication:
+A kernel is three functions. `statistics` reduces a token's local logits to five numbers; after the ranks have exchanged
+them, `merge` makes five of all and `gradient` turns each logit into its derivative, with no further communication:
 
     a = z_student / T,  b = z_teacher / T,  m = local maximum (of the raw logits), d = (z - m) / T
     S = sum e^d   for student and teacher,      C = sum e^(d_t) (d_t - d_s)
@@ -17,6 +17,7 @@ times the error. Sharding: every tensor here is this rank's shard; no collective
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -54,6 +55,30 @@ def shifted(logits: Tensor, peaks: Tensor, temperature: float, out: Tensor) -> T
     """(max(z, -1e30) - peak) / T in FP32: logits [n, v], peaks [n] -> out [n, v]."""
     out.copy_(logits).clamp_(min=FLOOR).sub_(peaks.unsqueeze(-1))
     return out if temperature == 1.0 else out.div_(temperature)
+
+
+@dataclass(frozen=True)
+class KLSums:
+    """What a token's KL and its gradient need, the same on all ranks."""
+
+    token_kl: Tensor
+    """FP64 [n]"""
+    peaks: Tensor
+    """FP32 [2, n]: maximum logit of student and teacher"""
+    sums: Tensor
+    """FP64 [2, n]: sum of e^((z - peak) / T) of student and teacher"""
+
+
+def merge(gathered: Tensor, *, temperature: float) -> KLSums:
+    """Local statistics of all ranks [ranks, 5, n] -> the sums over the whole vocabulary; kl.py has the formulas."""
+    peak_s, sum_s, peak_t, sum_t, cross = gathered.double().unbind(1)  # each [ranks, n]
+    top_s, top_t = peak_s.amax(0), peak_t.amax(0)
+    drop_s, drop_t = (peak_s - top_s) / temperature, (peak_t - top_t) / temperature
+    total_s = (sum_s * drop_s.exp()).sum(0)
+    total_t = (sum_t * drop_t.exp()).sum(0)
+    total_cross = (drop_t.exp() * (cross + sum_t * (drop_t - drop_s))).sum(0)
+    token_kl = total_cross / total_t - total_t.log() + total_s.log()
+    return KLSums(token_kl, torch.stack([top_s, top_t]).float(), torch.stack([total_s, total_t]))
 
 
 def statistics(student: Tensor, teacher: Tensor | None, *, temperature: float, mask: Tensor | None = None) -> Tensor:

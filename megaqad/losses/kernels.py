@@ -49,13 +49,20 @@ class Gradient(Protocol):
     ) -> Tensor: ...
 
 
+class Merge(Protocol):
+    """See `blocks.merge`."""
+
+    def __call__(self, gathered: Tensor, *, temperature: float) -> blocks.KLSums: ...
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation of the two local reductions of forward KL."""
+    """One implementation of forward KL's reductions."""
 
     name: str
     statistics: Statistics
     gradient: Gradient
+    merge: Merge = blocks.merge
     in_order: bool = True
     """Whether `gradient` has read what it needs of a row's first 2k bytes before it writes the row's first k: `out` may
     then be BF16 in the first halves of the rows of FP32 logits."""
@@ -106,4 +113,4 @@ def _triton_lacks(device: torch.device) -> str | None:
 def _triton_kernel() -> Kernel:
     from megaqad.losses import triton_kernels
 
-    return Kernel("triton", triton_kernels.statistics, triton_kernels.gradient, in_order=False)
+    return Kernel("triton", triton_kernels.statistics, triton_kernels.gradient, triton_kernels.merge, in_order=False)

@@ -26,36 +26,12 @@ from megaqad.losses import kernels, reference
 from megaqad.losses.sharding import Group, gather
 
 _MERGED_AT_ONCE = 4096
-"""Tokens; the merge works in FP64, whose temporaries would otherwise be the largest memory of a call."""
-
-
-@dataclass(frozen=True)
-class KLSums:
-    """What a token's KL and its gradient need, the same on all ranks."""
-
-    token_kl: Tensor
-    """FP64 [n]"""
-    peaks: Tensor
-    """FP32 [2, n]: maximum logit of student and teacher"""
-    sums: Tensor
-    """FP64 [2, n]: sum of e^((z - peak) / T) of student and teacher"""
+"""Tokens; the plain merge works in FP64, whose temporaries would otherwise be the largest memory of a call."""
 
 
 def factors(sums: Tensor, scale: Tensor, temperature: float) -> Tensor:
     """FP32 [2, n] for `Kernel.gradient`: scale / (T S); exactly 0 where `scale` [n] is 0, even if S is NaN."""
     return torch.where(scale == 0, 0.0, scale / (sums * temperature)).float()
-
-
-def merge(gathered: Tensor, temperature: float) -> KLSums:
-    """Local statistics of all ranks [ranks, 5, n] -> the sums over the whole vocabulary."""
-    peak_s, sum_s, peak_t, sum_t, cross = gathered.double().unbind(1)  # each [ranks, n]
-    top_s, top_t = peak_s.amax(0), peak_t.amax(0)
-    drop_s, drop_t = (peak_s - top_s) / temperature, (peak_t - top_t) / temperature
-    total_s = (sum_s * drop_s.exp()).sum(0)
-    total_t = (sum_t * drop_t.exp()).sum(0)
-    total_cross = (drop_t.exp() * (cross + sum_t * (drop_t - drop_s))).sum(0)
-    token_kl = total_cross / total_t - total_t.log() + total_s.log()
-    return KLSums(token_kl, torch.stack([top_s, top_t]).float(), torch.stack([total_s, total_t]))
 
 
 def gathered_statistics(local: Tensor, group: Group) -> Tensor:
@@ -87,7 +63,7 @@ class _AllGatherStatisticsThenLocalGradient(torch.autograd.Function):
         peaks, sums = student.new_empty(2, 2, len(student), dtype=torch.float32)
         for first in range(0, len(student), _MERGED_AT_ONCE):
             rows = slice(first, first + _MERGED_AT_ONCE)
-            merged = merge(gathered[:, :, rows], call.temperature)
+            merged = call.kernel.merge(gathered[:, :, rows], temperature=call.temperature)
             token_kl[rows], peaks[:, rows], sums[:, rows] = merged.token_kl, merged.peaks, merged.sums
         if mask is not None:
             token_kl.masked_fill_(~mask, 0.0)

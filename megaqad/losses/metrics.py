@@ -81,7 +81,7 @@ def compare_heads(
             label_logits(logits_t, places).unsqueeze(0),
         ]
         gathered = kl.gathered_statistics(torch.cat(statistics), group)
-        sums = kl.merge(gathered[:, :5], temperature=1.0)
+        sums = kernel.merge(gathered[:, :5], temperature=1.0)
         losses[0, chosen] = sums.token_kl.float()
         # -log p(label) = log S + (peak - label's logit), for both models at once
         label = gathered[:, 5:].double().amax(0)

@@ -7,8 +7,9 @@ for all of them. When a lane's maxima move from m to m', its C moves with them:
 
     S' = S r,    C' = r_t [C + S_t ((m_t - m_t') - (m_s - m_s'))],    r = e^(m - m')
 
-`_gradient` is elementwise. Exponentials are base 2 with log2(e) / T folded into the one constant that multiplies every
-difference from a maximum. Bytes moved: 4 per logit for statistics and 6 for the gradient in BF16.
+`_merge` puts the ranks' statistics together in FP64, a lane per token: one launch for what takes thirty operations of
+PyTorch. `_gradient` is elementwise. Exponentials are base 2, with log2(e) / T folded into the one constant that
+multiplies every difference from a maximum. Bytes moved: 4 per logit for statistics and 6 for the gradient in BF16.
 
 Needs a CUDA device, or `TRITON_INTERPRET=1` in the environment before triton is imported, which runs the kernels in
 NumPy on the CPU: slow, and how they are tested without a GPU. Imported only when asked for.
@@ -34,6 +35,7 @@ _LOAD_BYTES = 16  # of one lane, in one instruction
 _LANES = 4096 if INTERPRETED else 256  # in the interpreter a step costs the same whatever its size
 _WARPS = 8
 _GRADIENT_TILE = 32768 if INTERPRETED else 4096
+_MERGE_TILE = 128
 
 
 @triton.jit
@@ -140,6 +142,51 @@ def _gradient(
     tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _merge(
+    gathered,
+    token_kl,
+    peaks,
+    sums,
+    tokens,
+    ranks,
+    rank_stride,
+    statistic_stride,
+    TEMPERATURE: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    token = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside = token < tokens
+    here = gathered + token
+    top_s = tl.load(here, mask=inside, other=0.0).to(tl.float64)
+    top_t = tl.load(here + 2 * statistic_stride, mask=inside, other=0.0).to(tl.float64)
+    for rank in range(1, ranks):
+        other = here + rank * rank_stride
+        peak_s = tl.load(other, mask=inside, other=0.0).to(tl.float64)
+        peak_t = tl.load(other + 2 * statistic_stride, mask=inside, other=0.0).to(tl.float64)
+        top_s = tl.maximum(top_s, peak_s, propagate_nan=tl.PropagateNan.ALL)
+        top_t = tl.maximum(top_t, peak_t, propagate_nan=tl.PropagateNan.ALL)
+    total_s = tl.zeros([TILE], tl.float64)
+    total_t = tl.zeros([TILE], tl.float64)
+    cross = tl.zeros([TILE], tl.float64)
+    for rank in range(0, ranks):
+        other = here + rank * rank_stride
+        drop_s = (tl.load(other, mask=inside, other=0.0).to(tl.float64) - top_s) / TEMPERATURE
+        drop_t = (tl.load(other + 2 * statistic_stride, mask=inside, other=0.0).to(tl.float64) - top_t) / TEMPERATURE
+        sum_s = tl.load(other + statistic_stride, mask=inside, other=1.0).to(tl.float64)
+        sum_t = tl.load(other + 3 * statistic_stride, mask=inside, other=1.0).to(tl.float64)
+        local = tl.load(other + 4 * statistic_stride, mask=inside, other=0.0).to(tl.float64)
+        share_t = tl.exp(drop_t)
+        total_s += sum_s * tl.exp(drop_s)
+        total_t += sum_t * share_t
+        cross += share_t * (local + sum_t * (drop_t - drop_s))
+    tl.store(token_kl + token, cross / total_t - tl.log(total_t) + tl.log(total_s), mask=inside)
+    tl.store(peaks + token, top_s.to(tl.float32), mask=inside)
+    tl.store(peaks + tokens + token, top_t.to(tl.float32), mask=inside)
+    tl.store(sums + token, total_s, mask=inside)
+    tl.store(sums + tokens + token, total_t, mask=inside)
+
+
 def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.numel() == 0 else logits.contiguous()
 
@@ -169,6 +216,31 @@ def statistics(student: Tensor, teacher: Tensor | None, *, temperature: float, m
         enable_fp_fusion=True,
     )
     return out
+
+
+def merge(gathered: Tensor, *, temperature: float) -> blocks.KLSums:
+    """See `blocks.merge`."""
+    gathered = _rows(gathered)
+    ranks, _, tokens = gathered.shape
+    found = blocks.KLSums(
+        gathered.new_empty(tokens, dtype=torch.float64),
+        gathered.new_empty(2, tokens, dtype=torch.float32),
+        gathered.new_empty(2, tokens, dtype=torch.float64),
+    )
+    if tokens:
+        _merge[(triton.cdiv(tokens, _MERGE_TILE),)](
+            gathered,
+            found.token_kl,
+            found.peaks,
+            found.sums,
+            tokens,
+            ranks,
+            *gathered.stride()[:2],
+            TEMPERATURE=temperature,
+            TILE=_MERGE_TILE,
+            num_warps=4,
+        )
+    return found
 
 
 def gradient(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megaqad.losses import blocks
 from tests.losses.implementations import WITHOUT_TRITON
 
 needs_triton = pytest.mark.skipif(WITHOUT_TRITON is not None, reason=str(WITHOUT_TRITON))
@@ -46,6 +47,13 @@ kernels = {
              scale="fp32"),
         dict(WITH_TEACHER=True, ROUND_TO_BF16=False, TILE=t._GRADIENT_TILE),
         dict(enable_fp_fusion=False),
+    ),
+    "merge": (
+        t._merge,
+        dict(gathered=FP32, token_kl="*fp64", peaks=FP32, sums="*fp64", tokens=I32, ranks=I32, rank_stride=I32,
+             statistic_stride=I32),
+        dict(TEMPERATURE=0.7, TILE=t._MERGE_TILE),
+        dict(),
     ),
 }
 folder, element = pathlib.Path(sys.argv[1]), sys.argv[2]
@@ -95,13 +103,15 @@ def test_compiles_for_hopper_and_blackwell_without_spills(tmp_path: Path, elemen
     run_python(program)
     compiled = sorted(tmp_path.glob("*.ptx"))
     assert [path.name for path in compiled] == [
-        f"{name}.{capability}.ptx" for name in ("gradient", "statistics") for capability in (100, 90)
+        f"{name}.{capability}.ptx" for name in ("gradient", "merge", "statistics") for capability in (100, 90)
     ]
     for path in compiled:
         report = assembled(path)
         assert "0 bytes spill stores, 0 bytes spill loads" in report, f"{path.name}: {report}"
         registers = int(re.search(r"Used (\d+) registers", report).group(1))
         print(path.name, registers, "registers")
+        if path.name.startswith("merge"):
+            continue
         assert registers <= 64, f"{path.name}: eight warps of more registers leave too few in flight to hide memory"
         ptx = path.read_text()
         assert re.search(r"ld\.global\.v4\.b32", ptx), "reads full 16-byte words"
@@ -112,6 +122,25 @@ def test_compiles_for_hopper_and_blackwell_without_spills(tmp_path: Path, elemen
             assert "shfl" not in loop, "a lane's columns are one thread's"
         if path.name.startswith("gradient"):
             assert not re.search(r"fma\.rn\.f32", ptx), "equal products must round alike"
+
+
+@needs_triton
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_merges_as_pytorch_does(ranks: int, temperature: float) -> None:
+    """In the interpreter; a shard without columns and NaN among what is merged."""
+    from megaqad.losses import triton_kernels
+
+    logits = 5 * torch.randn(2, ranks, 300, 40, dtype=torch.float64)
+    logits[:, 0, 7] = -torch.inf
+    logits[1, -1, 9, 3] = torch.nan
+    local = [blocks.statistics(*shard, temperature=temperature) for shard in logits.unbind(1)]
+    gathered = torch.stack(local).float()[:, :, 5:]  # a slice, as of some tokens
+    expected = blocks.merge(gathered, temperature=temperature)
+    found = triton_kernels.merge(gathered, temperature=temperature)
+    torch.testing.assert_close(found.token_kl, expected.token_kl, rtol=1e-12, atol=1e-14, equal_nan=True)
+    torch.testing.assert_close(found.peaks, expected.peaks, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(found.sums, expected.sums, rtol=1e-14, atol=0, equal_nan=True)
 
 
 @needs_triton

@@ -37,7 +37,7 @@ class _ForwardKL(Evaluation):
         return self.kernel.statistics(self.student, self.teacher, temperature=self.temperature)
 
     def merge(self, gathered: Tensor) -> None:
-        self.sums = kl.merge(gathered, self.temperature)
+        self.sums = self.kernel.merge(gathered, temperature=self.temperature)
         self.loss = self.sums.token_kl
 
     def gradient(self, rows: slice, scale: Tensor, out: Tensor) -> None:
@@ -81,7 +81,7 @@ class _ReverseKL(Evaluation):
         return self.kernel.statistics(self.teacher, self.student, temperature=self.temperature)
 
     def merge(self, gathered: Tensor) -> None:
-        sums = kl.merge(gathered, self.temperature)  # row 0 is the teacher here, row 1 the student
+        sums = self.kernel.merge(gathered, temperature=self.temperature)  # row 0 is the teacher here, row 1 the student
         self.loss, self.peaks = sums.token_kl, sums.peaks
         sum_t, self.sum_s = sums.sums
         self.offset = (sum_t.log() - self.sum_s.log() - self.loss).float()

@@ -49,7 +49,7 @@ class _JensenShannon(Evaluation):
         assert chunk.teacher is not None
         self.student, self.teacher = chunk.student, chunk.teacher
         self.objective, self.kernel = objective, kernel
-        self.sums: kl.KLSums | None = None
+        self.sums: blocks.KLSums | None = None
 
     def local(self) -> Tensor:
         if self.sums is None:
@@ -65,7 +65,7 @@ class _JensenShannon(Evaluation):
 
     def merge(self, gathered: Tensor) -> None:
         if self.sums is None:
-            self.sums = kl.merge(gathered, self.objective.temperature)
+            self.sums = self.kernel.merge(gathered, temperature=self.objective.temperature)
             return
         of_teacher, self.of_student = gathered.double().sum(0)
         self.loss = self.objective.beta * of_teacher + (1 - self.objective.beta) * self.of_student
