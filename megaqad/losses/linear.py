@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from megaqad.losses import blocks, gemm, inputs, kernels, kl, reference
 from megaqad.losses.inputs import Layout, Model, Tokens, Work
 from megaqad.losses.objectives import CrossEntropy, ForwardKL, Objective
-from megaqad.losses.objectives.base import ALL, Chunk, Evaluation
+from megaqad.losses.objectives.base import ALL, Chunk
 from megaqad.losses.sharding import Group, scatter_sequence_sum, sum_over_shards_
 
 
@@ -61,6 +61,10 @@ def _run(student: Model, teacher: Model | None, plan: _Plan) -> _Outcome:
     teacher = None if teacher is None else inputs.whole_sequence(teacher, plan.layout)
     longest = max((chunk.shape[0] for chunk in work.chunks), default=0)
     buffers = gemm.logit_buffers(1 if teacher is None else 2, longest, student.head)
+    narrow = gemm.direct(student.hidden, student.head)
+    wanted = work.any_hidden_gradient or plan.wants_head
+    apart = wanted and narrow and not plan.kernel.in_order
+    slopes = student.head.new_empty(longest, len(student.head)) if apart else None
     token_loss = student.head.new_zeros(len(plan.tokens.weights), dtype=torch.float64)
     hidden_gradient = torch.zeros_like(student.hidden, dtype=torch.float32) if work.any_hidden_gradient else None
     head_gradient: Tensor | None = None
@@ -70,9 +74,10 @@ def _run(student: Model, teacher: Model | None, plan: _Plan) -> _Outcome:
         for _ in range(evaluation.rounds):
             evaluation.merge(kl.gathered_statistics(evaluation.local(), plan.layout.group))
         token_loss[tokens] = evaluation.loss
-        if hidden_gradient is None and not plan.wants_head:
+        if not wanted:
             continue
-        slope = _slope(evaluation, chunk, plan, narrow=gemm.direct(student.hidden, student.head), chosen=tokens)
+        slope = _slope(chunk, slopes, narrow=narrow)
+        evaluation.gradient(ALL, plan.tokens.weights[tokens].double(), out=slope)
         if hidden_gradient is not None:
             hidden_gradient[tokens] = gemm.hidden_gradient(slope, student.head)
         if plan.wants_head:
@@ -95,19 +100,18 @@ def _logits(student: Model, teacher: Model | None, all_tokens: Tokens, chosen: T
     )
 
 
-def _slope(evaluation: Evaluation, chunk: Chunk, plan: _Plan, *, narrow: bool, chosen: Tensor) -> Tensor:
-    """The weighted gradient of the chunk's logits [n, V_local], in the memory of logits that are done with.
+def _slope(chunk: Chunk, slopes: Tensor | None, *, narrow: bool) -> Tensor:
+    """Where the gradient of the chunk's logits [n, V_local] goes: into the memory of logits that are done with.
 
     FP32 takes the place of the student's. BF16 (`narrow`) takes the first half of each row of the teacher's, or of the
-    student's where there is no teacher; from a kernel that does not work in order it comes by way of FP32.
+    student's where there is no teacher; from a kernel that does not work in order it has memory of its own, `slopes`.
     """
+    if not narrow:
+        return chunk.student
+    if slopes is not None:
+        return slopes[: len(chunk.student)]
     free = chunk.student if chunk.teacher is None else chunk.teacher
-    halves = free.view(torch.bfloat16)[:, : free.shape[1]]
-    out = halves if narrow and plan.kernel.in_order else chunk.student
-    evaluation.gradient(ALL, plan.tokens.weights[chosen].double(), out=out)
-    if out is halves or not narrow:
-        return out
-    return out.bfloat16() if chunk.teacher is None else halves.copy_(out)
+    return free.view(torch.bfloat16)[:, : free.shape[1]]
 
 
 def _reduced(partial: Tensor | None, layout: Layout) -> Tensor | None:

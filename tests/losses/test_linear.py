@@ -123,6 +123,36 @@ def test_a_tied_embedding_gets_both_gradients(impl: str) -> None:
     assert relative_error(embedding.grad, expected) <= 3e-6
 
 
+class ProductsInFP32:
+    """Stands for what gives FP32 products of BF16 operands, which few CPUs have."""
+
+    serves = staticmethod(lambda width: True)
+    logits_ = staticmethod(lambda out, hidden, head: out.copy_(hidden.float() @ head.float().t()))
+    hidden_gradient = staticmethod(lambda slope, head: slope.float() @ head.float())
+
+    @staticmethod
+    def head_gradient(total, slope, hidden):
+        made = slope.float().t() @ hidden.float()
+        return made if total is None else total.add_(made)
+
+
+@pytest.mark.parametrize("impl", FAST_IMPLEMENTATIONS)
+@pytest.mark.parametrize("size", [5, 1000])
+def test_gradients_of_logits_in_bfloat16(impl: str, size: int) -> None:
+    """In the memory of logits that were read already, or beside them; in several chunks and in one."""
+    heads = make_heads(dtype=torch.bfloat16)
+    truth = kl_truth(heads)
+    with (
+        mock.patch.object(gemm, "products", ProductsInFP32),
+        mock.patch.object(inputs, "chunk_tokens", return_value=size),
+    ):
+        mine, loss, token_kl = call(heads, impl=impl)
+        loss.backward()
+    assert_token_kl(token_kl, truth.token_loss)
+    assert relative_error(mine.student_hidden.grad, truth.hidden_gradient) <= 5e-3
+    assert relative_error(mine.student_head.grad, truth.head_gradient) <= 5e-3
+
+
 @pytest.mark.parametrize("impl", FAST_IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     ("hidden_grad", "head_grad", "products"),
