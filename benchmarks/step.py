@@ -55,7 +55,8 @@ def rows(settings: Settings, repeats: int = 7) -> Iterator[dict[str, Any]]:
 def _timed_step(session: Session, model: Model, objective: Objective) -> "TimedStep":
     student = wrap_for_training(model)
     # A learning rate of 0 keeps both models where they are, so that every round times the same work.
-    optimizer, scheduler = build_optimizer(student, replace(session.settings.train, lr=0.0, min_lr=0.0), session.dtype)
+    still, fused = replace(session.settings.train, lr=0.0, min_lr=0.0), session.settings.runtime.fused
+    optimizer, scheduler = build_optimizer(student, still, session.dtype, fused=fused)
     teacher = LiveTeacher(session.teacher) if objective is Objective.QAD else None
     return TimedStep(model, student, optimizer, scheduler, objective=objective, teacher=teacher)
 

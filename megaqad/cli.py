@@ -145,6 +145,9 @@ def _run(name: str, overrides: list[str]) -> int:
     elif not launch.has_launcher():  # ours has checked them
         config.check_data(name, settings, architecture, read_text=False)
     _function(name)(settings)
+    from megaqad.runtime.ranks import leave_ranks
+
+    leave_ranks()
     return 0
 
 

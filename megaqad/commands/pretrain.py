@@ -28,7 +28,7 @@ def pretrain(settings: Settings) -> None:
     freeze(model, settings.train.trainable, routers=settings.train.router != "frozen")
     balance_experts(model, settings.train.router_balance)
     student = wrap_for_training(model)
-    optimizer, scheduler = build_optimizer(student, settings.train, session.dtype)
+    optimizer, scheduler = build_optimizer(student, settings.train, session.dtype, fused=settings.runtime.fused)
 
     def evaluator(max_tokens: int) -> Evaluator:
         return Evaluator(

@@ -64,7 +64,11 @@ def distill(session: Session, *, objective: Objective | None = None, run_dir: Pa
     balance_experts(student, settings.train.router_balance)
     wrapped = wrap_for_training(student)
     optimizer, scheduler = build_optimizer(
-        wrapped, settings.train, session.dtype, scale_lr=settings.quantization.scale_lr or SCALE_LR
+        wrapped,
+        settings.train,
+        session.dtype,
+        scale_lr=settings.quantization.scale_lr or SCALE_LR,
+        fused=settings.runtime.fused,
     )
     teaches = objective is Objective.QAD and settings.distill.qad_needs_teacher
     teacher = teacher_of(session, student) if teaches else None

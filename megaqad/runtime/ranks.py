@@ -26,9 +26,19 @@ from megaqad.runtime.cpu import enable_cpu_device
 from megaqad.runtime.launch import STORE_VARIABLE
 from megaqad.runtime.sizes import ParallelSizes
 
-__all__ = ["ParallelSizes", "Ranks", "initialize_parallel", "join_ranks", "parallel", "shutdown_parallel"]
+__all__ = [
+    "ParallelSizes",
+    "Ranks",
+    "initialize_parallel",
+    "join_ranks",
+    "leave_ranks",
+    "parallel",
+    "shutdown_parallel",
+]
 
 ATTEMPT_VARIABLE = "MEGAQAD_ATTEMPT"
+LEAST_CAPABILITY = (8, 0)
+"""Of a GPU: BF16 matrix products, and Triton's kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +122,12 @@ class Ranks:
 
 
 def local_device() -> torch.device:
-    """The device this rank computes on: its own GPU, or the CPU where there is none.
+    """The device that this rank computes on: its own GPU, or the CPU where there is none.
 
     Some launchers (``srun --gpus-per-task=1``) show every rank one GPU only, which is then its number 0.
 
     Raises:
-        UserError: more ranks on this machine than GPUs.
+        UserError: more ranks on this machine than GPUs, or a GPU that the kernels do not run on.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -128,7 +138,14 @@ def local_device() -> torch.device:
             f"local rank {local_rank} has no GPU: this machine shows {gpus}; start one rank per GPU or make the layout "
             "smaller"
         )
-    return torch.device("cuda", local_rank if gpus > 1 else 0)
+    device = torch.device("cuda", local_rank if gpus > 1 else 0)
+    if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        found, least = torch.cuda.get_device_capability(device), LEAST_CAPABILITY
+        raise UserError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}, the kernels need "
+            f"{least[0]}.{least[1]} (A100, RTX 30): use such a GPU, or CUDA_VISIBLE_DEVICES= for the CPU"
+        )
+    return device
 
 
 def join_ranks(timeout_minutes: float = 30.0) -> None:
@@ -147,7 +164,19 @@ def join_ranks(timeout_minutes: float = 30.0) -> None:
         rank=rank,
         world_size=world_size,
         timeout=timeout,
+        device_id=device if device.type == "cuda" else None,  # else NCCL guesses it, and warns
     )
+
+
+def leave_ranks() -> None:
+    """Leave the process groups, at the end of a command; NCCL warns of those that the end of the process finds.
+
+    Not after an error on this rank alone: the others may be in a collective, and only the end of this process tells
+    them.
+    """
+    if dist.is_initialized():
+        shutdown_parallel()
+        dist.destroy_process_group()
 
 
 def _shared_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:

@@ -22,6 +22,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megaqad.config import TrainSettings
 from megaqad.models.model import Model, QuantizerParameter
 from megaqad.quantization.settings import SCALE_LR
+from megaqad.training.pieces import distributed_optimizers
 
 
 def wrap_for_training(model: Model) -> list[DistributedDataParallel]:
@@ -50,12 +51,14 @@ def build_optimizer(
     dtype: torch.dtype,
     *,
     scale_lr: float = SCALE_LR,
+    fused: str = "auto",
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Distributed Adam with decoupled weight decay and global-norm clipping; linear warm-up, then cosine to min_lr.
 
     Args:
         scale_lr: peak learning rate of learned scales, which take part in the same warm-up and cosine, down to 0, and
             have no weight decay.
+        fused: ``runtime.fused``; ``auto`` updates all parameters by one kernel on CUDA.
     """
     config = OptimizerConfig(
         optimizer="adam",
@@ -79,6 +82,8 @@ def build_optimizer(
         use_gloo_process_groups=False,
         pg_collection=student[0].module.pg_collection,
     )
+    if fused == "auto" and next(student[0].parameters()).is_cuda:
+        update_by_one_kernel(optimizer)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -95,3 +100,11 @@ def build_optimizer(
     for chunk in student:
         chunk.module.config.grad_scale_func = optimizer.scale_loss
     return optimizer, scheduler
+
+
+def update_by_one_kernel(optimizer: MegatronOptimizer) -> None:
+    """Have PyTorch's Adam go over memory once; Transformer Engine's and Apex's, where installed, do anyway."""
+    for inner in distributed_optimizers(optimizer):
+        if isinstance(inner.optimizer, torch.optim.Adam):  # AdamW is one
+            for group in inner.optimizer.param_groups:
+                group.update(fused=True, foreach=False)

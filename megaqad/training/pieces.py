@@ -14,8 +14,9 @@ reshards gathers everything on the first data-parallel rank, three full copies i
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
@@ -206,7 +207,7 @@ def allocate_state(optimizer: MegatronOptimizer) -> None:
             for group in inner.optimizer.param_groups:
                 for parameter in group["params"]:
                     moments = {name: torch.zeros_like(parameter.detach()) for name in MOMENTS}
-                    inner.optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32), **moments}
+                    inner.optimizer.state[parameter] = {"step": _count(0, group, parameter), **moments}
         else:  # Transformer Engine's and Apex's FusedAdam know themselves how
             inner._init_optimizer_states_with_dummy_values()
 
@@ -224,10 +225,18 @@ def updates_done(optimizer: MegatronOptimizer) -> int:
 def set_updates_done(optimizer: MegatronOptimizer, updates: int) -> None:
     """Set the count that ``updates_done`` reads: kept per parameter by PyTorch's Adam, per group by FusedAdam."""
     for inner in distributed_optimizers(optimizer):
-        for state in inner.optimizer.state.values():
-            if "step" in state:
-                # One tensor each: Adam adds 1 to every parameter's own, a shared one would run away.
-                state["step"] = torch.full((), float(updates), dtype=torch.float32)
-        if not isinstance(inner.optimizer, torch.optim.Adam):
-            for group in inner.optimizer.param_groups:
+        for group in inner.optimizer.param_groups:
+            if not isinstance(inner.optimizer, torch.optim.Adam):
                 group["step"] = updates
+                continue
+            for parameter in group["params"]:
+                state = inner.optimizer.state.get(parameter, {})
+                if "step" in state:
+                    # One tensor each: Adam adds 1 to every parameter's own, a shared one would run away.
+                    state["step"] = _count(updates, group, parameter)
+
+
+def _count(updates: int, group: Mapping[str, Any], parameter: Tensor) -> Tensor:
+    """PyTorch's Adam counts on the host, its fused form where the parameter is."""
+    device = parameter.device if group["fused"] else torch.device("cpu")
+    return torch.full((), float(updates), dtype=torch.float32, device=device)

@@ -9,7 +9,9 @@ from megaqad.runtime.ranks import local_device
 
 @pytest.fixture
 def machine(monkeypatch):
-    def pretend(gpus, **environment):
+    def pretend(gpus, capability=(9, 0), **environment):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_LOCALID"):
@@ -35,3 +37,8 @@ def test_more_ranks_than_gpus_are_refused(machine):
     for gpus in (1, 2):
         with pytest.raises(UserError, match=rf"local rank 2 has no GPU: this machine shows {gpus}"):
             machine(gpus, LOCAL_RANK="2", LOCAL_WORLD_SIZE="4")
+
+
+def test_a_gpu_without_bfloat16_is_refused(machine):
+    with pytest.raises(UserError, match=r"Tesla V100 has compute capability 7\.0, the kernels need 8\.0"):
+        machine(1, capability=(7, 0))

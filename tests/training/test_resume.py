@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from megaqad.cli import main
+from megaqad.training.logs import read_metrics
+from megaqad.training.optimizer import build_optimizer, update_by_one_kernel
 from tests.faults.runs import SMALL, outcome
 from tests.models.checkpoints import make_checkpoint
 from tests.overrides import merged
@@ -47,6 +50,31 @@ def half(finished, tmp_path):
 def test_bit_for_bit_on_the_same_layout(finished, half, model, run_ranks):
     assert run_ranks(2, distill, settings_of(model, half, "parallel.tensor=2")) == [None, None]
     assert outcome(half, STEPS) == outcome(finished, STEPS)
+
+
+def distill_by_one_kernel(rank, world_size, overrides):
+    """As on CUDA; PyTorch has the kernel for the CPU too."""
+
+    def build(*arguments, **options):
+        optimizer, scheduler = build_optimizer(*arguments, **options)
+        update_by_one_kernel(optimizer)
+        return optimizer, scheduler
+
+    with patch("megaqad.recovery.stages.build_optimizer", build):
+        return distill(rank, world_size, overrides)
+
+
+def test_with_adam_as_one_kernel(finished, model, tmp_path, run_ranks):
+    """Near the plain one, and resumed bit for bit: its count of steps lies on the device."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    options = ["parallel.tensor=2"]
+    assert run_ranks(2, distill_by_one_kernel, settings_of(model, whole, *options)) == [None, None]
+    plain, fused = (losses(read_metrics(run / "metrics.jsonl")) for run in (finished, whole))
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=0)
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step_00000004")
+    assert run_ranks(2, distill_by_one_kernel, settings_of(model, resumed, *options)) == [None, None]
+    assert outcome(resumed, STEPS) == outcome(whole, STEPS)
 
 
 def test_bfloat16_too(model, tmp_path, run_ranks):
