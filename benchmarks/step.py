@@ -8,6 +8,8 @@ Each part has its own floor: what the same work costs in the fine-tuning step. F
 fine-tuned model's forward, for the loss 4/3 of cross entropy's, since the teacher's head is a fourth matrix product
 beside three; weight quantization has none. What a part costs over its floor is what is left to gain there.
 
+Beside the two, where it is installed, ModelOpt on the plain Hugging Face model, in the same turns (``peers.py``).
+
 The parts of a step are timed inside it. Activation quantization happens within the student's forward pass; it shows as
 the difference between that pass and the same pass of the fine-tuned model.
 """
@@ -15,14 +17,17 @@ the difference between that pass and the same pass of the fine-tuned model.
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
+from torch.profiler import record_function
 
 from megaqad.config import Settings
 from megaqad.data import Batch
@@ -34,22 +39,71 @@ from megaqad.models.model import Model
 from megaqad.recovery.session import Session
 from megaqad.training.optimizer import build_optimizer, wrap_for_training
 
-from .measure import peak_memory, wait
+from . import peers
+from .measure import in_turns, machine, peak_memory, seconds_of, wait
+from .profiles import kernel_rows
 
 PARTS = ("teacher forward", "student forward", "loss", "backward", "weight quantization", "optimizer and the rest")
 
 
-def rows(settings: Settings, repeats: int = 7) -> Iterator[dict[str, Any]]:
-    """Of ``megaqad bench step``, on the main rank; the other ranks' are empty."""
+def rows(settings: Settings, repeats: int = 7, *, profile: bool = False) -> Iterator[dict[str, Any]]:
+    """Of ``megaqad bench step``, on the main rank; the other ranks' are empty.
+
+    Args:
+        profile: at the end also the kernels of one QAD step, part by part.
+    """
+    peers.import_modelopt()  # it cannot be imported once the CPU device layer is on
     session = Session.start(settings)
     plain_model = session.random_model()
-    load_weights(plain_model, settings.model_dir)
+    if not settings.has_random_weights:
+        load_weights(plain_model, settings.model_dir)
     student = session.calibrated_student()
     plain = _timed_step(session, plain_model, Objective.QAT)
     distilled = _timed_step(session, student, Objective.QAD)
+    batches = _one_batch(session)
     layout = {"world_size": session.ranks.world_size, "dtype": settings.runtime.dtype}
-    measured = bench_step(plain, distilled, _one_batch(session), repeats=repeats)
-    yield from (row | layout for row in measured if session.ranks.is_main)
+    contestants: dict[str, Callable[[], object]] = {}
+    lacks = peers.modelopt_lacks(session)
+    if lacks is None:
+        contestants["modelopt"] = peers.modelopt_step(session, batches)
+    measured = bench_step(plain, distilled, batches, contestants, repeats=repeats)
+    common = layout | machine(session.ranks.device)
+    for row in measured:
+        if session.ranks.is_main:
+            yield row | common | (_rates(row, session) if row["part"] == "step" else {})
+    if lacks is not None and session.ranks.is_main:
+        yield {"bench": "step", "part": "modelopt", "skipped": lacks}
+    if profile:
+        kernels = kernel_rows(lambda: distilled(batches), PARTS, session.ranks.device)
+        yield from kernels if session.ranks.is_main else ()
+
+
+def _rates(row: Mapping[str, Any], session: Session) -> dict[str, float]:
+    """Of whole steps: tokens and TFLOP per second and device, and as a share of what its matrix products reach.
+
+    A fine-tuning step is three forward passes' worth of products, a QAD step four.
+    """
+    train, ranks = session.settings.train, session.ranks
+    tokens = train.global_batch_size * train.sequence_length
+    work = tokens * session.architecture.flops(train.sequence_length) / ranks.world_size / 1e12
+    best = products_rate(ranks.device, session.dtype)
+    found = {"products_tflops": best}
+    for kind, passes in (("plain", 3), ("qad", 4)):
+        rate = passes * work / row[f"{kind}_seconds"]
+        found |= {
+            f"{kind}_tokens_per_second": tokens / row[f"{kind}_seconds"],
+            f"{kind}_tflops": rate,
+            f"{kind}_share_of_products": rate / best,
+        }
+    return found
+
+
+def products_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large matrix product: what a step could reach if it were nothing else."""
+    size = 8192 if device.type == "cuda" else 1024
+    one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    spent = in_turns({"product": lambda: seconds_of(lambda: one @ other, device)}, repeats=10)["product"]
+    return 2 * size**3 / statistics.median(spent) / 1e12
 
 
 def _timed_step(session: Session, model: Model, objective: Objective) -> "TimedStep":
@@ -85,8 +139,9 @@ class TimedStep(DistillationStep):
     def _timed(self, part: str) -> Iterator[None]:
         wait(self.ranks.device)
         started = time.perf_counter()
-        yield
-        wait(self.ranks.device)
+        with record_function(part):
+            yield
+            wait(self.ranks.device)
         self._running[part] += time.perf_counter() - started
 
     def __call__(self, micro_batches: Sequence[Batch]) -> StepResult:
@@ -122,7 +177,12 @@ class TimedStep(DistillationStep):
 
 
 def bench_step(
-    plain: TimedStep, distilled: TimedStep, micro_batches: Sequence[Batch], *, repeats: int
+    plain: TimedStep,
+    distilled: TimedStep,
+    micro_batches: Sequence[Batch],
+    contestants: Mapping[str, Callable[[], object]] = MappingProxyType({}),
+    *,
+    repeats: int,
 ) -> Iterator[dict[str, Any]]:
     """Time both steps in turns; one JSON-able dict per part, and one for the whole step.
 
@@ -130,21 +190,27 @@ def bench_step(
         plain: cross entropy, no quantizers.
         distilled: QAD, quantizers on, in the same layout.
         micro_batches: this data-parallel rank's share of one global batch.
+        contestants: other QAD steps of the same model and tokens, by name.
         repeats: rounds, after one that is not counted; medians are reported.
 
     Yields:
         ``part``, ``plain_seconds``, ``qad_seconds``, ``over_plain_step`` (the QAD part as a share of the whole plain
         step), ``over_floor`` (what it costs beyond its floor, as such a share), and for ``part="step"`` the ``ratio``,
         its floor, and for both steps ``peak_tensor_bytes`` and ``peak_resident_bytes`` beyond what is held between
-        steps.
+        steps. A contestant's ``<name>_seconds`` stand in the whole step's row, with how often ours fits into them.
 
     Collectives: those of the steps. Seconds are this rank's.
     """
+    others: dict[str, list[float]] = {name: [] for name in contestants}
     for round_number in range(repeats + 1):
         for step in (plain, distilled):
             step(micro_batches)
             if round_number == 0:
                 step.seconds.clear()
+        for name, run in contestants.items():
+            spent = seconds_of(run, plain.ranks.device)
+            if round_number:
+                others[name].append(spent)
     ours_of, theirs_of = (
         {part: statistics.median(step.seconds[part]) for part in ("step", *PARTS)} for step in (distilled, plain)
     )
@@ -152,7 +218,7 @@ def bench_step(
     floors = _floors(theirs_of)
     for part in ("step", *PARTS):
         ours, theirs = ours_of[part], theirs_of[part]
-        row = {
+        row: dict[str, Any] = {
             "bench": "step",
             "part": part,
             "plain_seconds": theirs,
@@ -164,6 +230,8 @@ def bench_step(
             pairs = zip(distilled.seconds[part], plain.seconds[part], strict=True)
             row |= {"ratio": statistics.median(qad / fine_tuning for qad, fine_tuning in pairs), "floor": 8 / 6}
             row |= _memory("plain", plain, micro_batches) | _memory("qad", distilled, micro_batches)
+            row |= {f"{name}_seconds": statistics.median(spent) for name, spent in others.items()}
+            row |= {f"over_{name}": row[f"{name}_seconds"] / ours for name in others}
         yield row
 
 

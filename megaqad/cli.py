@@ -32,6 +32,8 @@ class Command:
     """Works on the student of the run in ``output_dir``."""
     needs_model: bool = True
     """Works on a model and so has settings."""
+    flags: tuple[str, ...] = ()
+    """What may stand among its settings: ``--profile`` is ``profile=True`` to its function."""
 
 
 COMMANDS = {
@@ -60,7 +62,12 @@ COMMANDS = {
     "logits": Command("logits", "tokens=<npy int64 [b, s]> through the teacher or the student", reads_student=True),
     "bench kl": Command("bench", "the loss beside its peers: time, memory, errors", needs_model=False),
     "bench nvfp4": Command("bench", "the number format's implementations: time, bandwidth", needs_model=False),
-    "bench step": Command("bench", "a QAD step beside a fine-tuning step, part by part", ("experiment=demo",)),
+    "bench step": Command(
+        "bench",
+        "a QAD step beside a fine-tuning step, part by part; --profile: with its kernels",
+        ("experiment=demo",),
+        flags=("--profile",),
+    ),
     "pretrain": Command("pretrain", "train a model from random weights with cross entropy", writes_run=True),
 }
 
@@ -128,6 +135,8 @@ def _run(name: str, overrides: list[str]) -> int:
     if launch.is_rank():
         launch.end_with_launcher()
         signals.listen()
+    given, overrides = overrides, [one for one in overrides if one not in command.flags]
+    flags = {flag.removeprefix("--"): True for flag in command.flags if flag in given}
     config.check_form(overrides)
     settings = config.load_settings([*command.presets, *overrides])
     architecture = config.check_settings(name, settings)
@@ -140,11 +149,11 @@ def _run(name: str, overrides: list[str]) -> int:
         with signals.raised():
             config.check_data(name, settings, architecture, read_text=True)
         if settings.local_ranks > 1:
-            return launch.run_ranks_here([name, *overrides], settings.local_ranks)
+            return launch.run_ranks_here([name, *given], settings.local_ranks)
         signals.listen()
     elif not launch.has_launcher():  # ours has checked them
         config.check_data(name, settings, architecture, read_text=False)
-    _function(name)(settings)
+    _function(name)(settings, **flags)
     from megaqad.runtime.ranks import leave_ranks
 
     leave_ranks()

@@ -24,9 +24,9 @@ def bench_nvfp4() -> None:
     _print_rows(_benchmark("nvfp4").bench_nvfp4())
 
 
-def bench_step(settings: Settings) -> None:
-    """Every rank's part of ``megaqad bench step``."""
-    _print_rows(_benchmark("step").rows(settings))
+def bench_step(settings: Settings, *, profile: bool = False) -> None:
+    """Every rank's part of ``megaqad bench step``; ``--profile``: with the kernels of a QAD step."""
+    _print_rows(_benchmark("step").rows(settings, profile=profile))
 
 
 def _benchmark(name: str) -> Any:

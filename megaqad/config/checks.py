@@ -7,7 +7,7 @@ import os
 from dataclasses import fields
 from operator import attrgetter
 
-from megaqad.config.settings import ParallelSettings, Settings
+from megaqad.config.settings import SHAPES, ParallelSettings, Settings
 from megaqad.data import build_datasets, read_token_file
 from megaqad.data.sources import split_files
 from megaqad.distill_settings import TEACHERS, check_self_teacher, check_teacher
@@ -44,6 +44,7 @@ AT_LEAST_ONE = (
 COMMANDS_THAT_DISTILL = ("demo", "recover", "distill")
 COMMANDS_THAT_START = ("demo", "recover", "quantize", "distill")
 COMMANDS_WITH_DATA = ("demo", "recover", "quantize", "distill", "evaluate", "pretrain", "bench step")
+COMMAND_ON_SHAPES = "bench step"
 COMMANDS_WITH_TOKENS = ("demo", "recover", "verify", "logits")
 HOW_TO_GIVE_DATA = "give data=<file.txt>, a directory or a glob, or data=stdlib"
 
@@ -72,9 +73,11 @@ def check_settings(command: str, settings: Settings) -> Architecture:
         raise UserError(f"data is not set: {HOW_TO_GIVE_DATA}")
     _check_values(settings)
     _check_world(settings)
+    if settings.has_random_weights:
+        _check_shape(command, settings)
     architecture = describe_model(settings.model_dir)
     check_layout(architecture, settings.sizes)
-    if command != "pretrain":
+    if command != "pretrain" and not settings.has_random_weights:
         check_checkpoint(architecture, settings.model_dir)
     _check_start(command, settings, architecture)
     plan = plan_for(settings.quantization, architecture, settings.sizes.tensor)
@@ -91,6 +94,17 @@ def check_settings(command: str, settings: Settings) -> Architecture:
     if command in COMMANDS_THAT_DISTILL:
         check_self_teacher(settings.distill, architecture, settings.train.trainable)
     return architecture
+
+
+def _check_shape(command: str, settings: Settings) -> None:
+    """``model=random:<name>``: a name that exists, for a command that needs no weights."""
+    if command != COMMAND_ON_SHAPES:
+        raise UserError(
+            f"model={settings.model} has no weights: it is for {COMMAND_ON_SHAPES}, give a model's directory"
+        )
+    if not settings.model_dir.is_dir():
+        known = ", ".join(sorted(path.name for path in SHAPES.iterdir()))
+        raise UserError(f"model={settings.model} is no shape: choose random: with one of {known}")
 
 
 def check_data(command: str, settings: Settings, architecture: Architecture, *, read_text: bool) -> None:

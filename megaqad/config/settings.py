@@ -8,7 +8,11 @@ from megaqad.distill_settings import TEACHERS, DistillSettings
 from megaqad.quantization.settings import QuantizationSettings
 from megaqad.runtime.sizes import ParallelSizes
 
-BUNDLED_TEACHER = Path(__file__).parent.parent / "assets" / "teacher"
+ASSETS = Path(__file__).parent.parent / "assets"
+BUNDLED_TEACHER = ASSETS / "teacher"
+SHAPES = ASSETS / "shapes"
+"""config.json of well-known models, by the names of ``model=random:<name>``."""
+RANDOM = "random:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +172,9 @@ class Settings:
     """All settings of a command."""
 
     model: str = ""
-    """Directory of the BF16 Hugging Face checkpoint: the teacher, and the student's start. ``bundled``: the demo's."""
+    """Directory of the BF16 Hugging Face checkpoint: the teacher, and the student's start. ``bundled``: the demo's.
+    For ``bench step`` also ``random:llama-1b``, ``random:qwen3-8b``, ``random:qwen3-30b-a3b`` or ``random:tiny``: such
+    a model with random weights."""
     output_dir: str = ""
     """Where the run writes everything."""
     tokens: str | None = None
@@ -196,7 +202,14 @@ class Settings:
 
     @property
     def model_dir(self) -> Path:
+        if self.has_random_weights:
+            return SHAPES / self.model.removeprefix(RANDOM)
         return BUNDLED_TEACHER if self.model == "bundled" else Path(self.model)
+
+    @property
+    def has_random_weights(self) -> bool:
+        """Whether the model is a shape whose weights are drawn on the device."""
+        return self.model.startswith(RANDOM)
 
     @property
     def start_dir(self) -> Path:

@@ -144,6 +144,11 @@ class Architecture:
         """The output head as a linear layer."""
         return replace(self.weights[-1], parts=(replace(self.weights[-1].parts[0], name=f"{self.head}.weight"),))
 
+    def flops(self, tokens: int) -> float:
+        """Of a forward pass over a sequence of ``tokens``, per token: the matrix products of layers and head."""
+        branches = (branch for layer in self.layers for branch in layer.branches)
+        return sum(branch.block.flops(tokens) for branch in branches) + 2.0 * self.hidden_size * self.vocab_size
+
     @property
     def attentions(self) -> tuple[Attention, ...]:
         """The softmax attentions, in model order: what has a KV cache."""

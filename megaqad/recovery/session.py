@@ -81,7 +81,7 @@ class Session:
             session = cls(settings, describe_model(settings.model_dir), ranks, terminal)
             if ranks.device.type == "cpu" and session.dtype is torch.bfloat16 and cpu_capability() in WITHOUT_BFLOAT16:
                 terminal.say("this processor multiplies FP32 several times faster than BF16: runtime.dtype=float32")
-            if command != "pretrain":
+            if command != "pretrain" and not settings.has_random_weights:
                 session._say_what_is_read()
             if command is not None:
                 session._claim(command)
@@ -218,12 +218,15 @@ class Session:
         """A checkpoint of any supported architecture in this run's layout, frozen; what a student of ``model`` can
         learn from it."""
         architecture = describe_model(model_dir).teaching(self.architecture.vocab_size)
-        model = build_model(architecture, self.ranks, dtype=self.dtype, fused=self.settings.runtime.fused)
-        load_weights(model, model_dir)
+        random, fused = self.settings.has_random_weights, self.settings.runtime.fused
+        model = build_model(architecture, self.ranks, dtype=self.dtype, fused=fused, initialize=random)
+        if not random:
+            load_weights(model, model_dir)
         return model.freeze()
 
     def _empty_student(self, plan: QuantizationPlan) -> Model:
-        return build_quantized(self.architecture, self.ranks, plan, **self._of_training)
+        random = self.settings.has_random_weights
+        return build_quantized(self.architecture, self.ranks, plan, initialize=random, **self._of_training)
 
     @property
     def _of_training(self) -> dict[str, Any]:
@@ -234,7 +237,8 @@ class Session:
     def original_student(self, plan: QuantizationPlan | None = None) -> Model:
         """The weights that the run starts from in a model with quantizers, not yet calibrated, quantizers off."""
         student = self._empty_student(plan or self.plan)
-        load_weights(student, self.settings.start_dir)
+        if not self.settings.has_random_weights:
+            load_weights(student, self.settings.start_dir)
         return student
 
     def calibrated_student(self, plan: QuantizationPlan | None = None) -> Model:
