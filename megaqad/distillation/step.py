@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -214,7 +215,7 @@ class DistillationStep:
         sum_shared_gradients(self.model)
         if self._weight_sum > 0:
             for chunk in chunks:
-                chunk.scale_gradients(float(1.0 / torch.tensor(self._weight_sum, dtype=torch.float32)))
+                chunk.scale_gradients(float(np.float32(1.0) / np.float32(self._weight_sum)))
 
     def _loss(self, hidden: Tensor, model: CausalLM, batch: Batch) -> Tensor:
         """Sum of the token losses. ``hidden``: [s(/tp), b, h] on the last stage."""

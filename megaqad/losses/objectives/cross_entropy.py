@@ -46,15 +46,18 @@ class _CrossEntropy(Evaluation):
         peaks, factors = self.peak[rows].float().unsqueeze(0), (scale / self.total[rows]).float().unsqueeze(0)
         self.kernel.gradient(self.student[rows], None, peaks=peaks, factors=factors, temperature=1.0, out=out)
         # set, not subtracted from what may be rounded to BF16 already: near 1, p - 1 would lose all its digits
-        labels = self.labels[rows]
-        here = torch.nonzero(labels != ELSEWHERE).squeeze(-1)
+        if out.shape[1] == 0:
+            return
+        labels = self.labels[rows].unsqueeze(-1)
         log_probability = self.label[rows] - self.peak[rows] - self.total[rows].log()
-        out[here, labels[here]] = (scale * log_probability.expm1())[here].to(out.dtype)
+        value = (scale * log_probability.expm1()).to(out.dtype).unsqueeze(-1)
+        place = labels.clamp(min=0)
+        out.scatter_(1, place, torch.where(labels == ELSEWHERE, out.gather(1, place), value))
 
 
 def label_logits(logits: Tensor, labels: Tensor) -> Tensor:
     """The label's logit where this rank holds it, else -1e30: [n, V_local], [n] -> FP64 [n]."""
-    here = torch.nonzero(labels != ELSEWHERE).squeeze(-1)
-    picked = torch.full(labels.shape, blocks.FLOOR, dtype=torch.float64, device=logits.device)
-    picked[here] = logits[here, labels[here]].double().clamp(min=blocks.FLOOR)
-    return picked
+    if logits.shape[1] == 0:
+        return torch.full(labels.shape, blocks.FLOOR, dtype=torch.float64, device=logits.device)
+    picked = logits.gather(1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).double().clamp(min=blocks.FLOOR)
+    return torch.where(labels == ELSEWHERE, blocks.FLOOR, picked)
