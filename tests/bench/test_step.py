@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks.gpu import BARS, verdict
 from benchmarks.step import PARTS
 from megaqad.commands import bench as command
 from megaqad.errors import UserError
@@ -69,6 +70,8 @@ def test_a_shape_without_a_model(run_ranks, tmp_path):
     assert math.isclose(step["qad_tflops"], 4 * work / step["qad_seconds"] / 1e12)
     assert step["qad_share_of_products"] > 0
     assert [row["skipped"] for row in rows if row.get("part") == "modelopt"], "no CUDA"
+    said = [verdict(bar, rows)[1] for bar in BARS if bar.part == "step"]
+    assert [line for line in said if "not measured" in line] == [line for line in said if "ModelOpt" in line]
     kernels = [row for row in rows if "profile" in row]
     assert {"teacher forward", "student forward", "loss", "backward"} <= {row["profile"] for row in kernels}
     products = sum(row["microseconds"] for row in kernels if row["kernel"] in ("aten::mm", "aten::addmm"))

@@ -6,6 +6,8 @@ by a mask. They are counted as they are dispatched.
 
 import traceback
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
@@ -48,16 +50,29 @@ def _about_the_host() -> bool:
     return any(frame.filename.endswith("tensor_parallel/random.py") for frame in traceback.extract_stack())
 
 
-def questions(rank: int, world_size: int, overrides: list[str]) -> tuple[dict[str, int], dict[str, int]]:
-    """Of one step after the first: between its ends, and in all."""
+@contextmanager
+def stepping(overrides: list[str]) -> Iterator[DistillationStep]:
+    """A step of a calibrated student."""
     session = Session.start(load_settings([*SMALL_RUN, *overrides]))
     try:
         student = session.calibrated_student()
-        step = qad_step(session, student, teacher_of(session, student), divergence=divergence_of(session))
-        tokens = torch.randint(515, (4, 2, 17), generator=torch.Generator().manual_seed(0))
-        weights = torch.ones(2, 16)
-        weights[0, :3] = 0
-        batches = [Batch(row[:, :-1], row[:, 1:], weights) for row in tokens]
+        yield qad_step(session, student, teacher_of(session, student), divergence=divergence_of(session))
+    finally:
+        shutdown_parallel()
+
+
+def batches_of() -> list[Batch]:
+    """Four microbatches, some tokens left out."""
+    tokens = torch.randint(515, (4, 2, 17), generator=torch.Generator().manual_seed(0))
+    weights = torch.ones(2, 16)
+    weights[0, :3] = 0
+    return [Batch(row[:, :-1], row[:, 1:], weights) for row in tokens]
+
+
+def questions(rank: int, world_size: int, overrides: list[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Of one step after the first: between its ends, and in all."""
+    with stepping(overrides) as step:
+        batches = batches_of()
         step(batches)
         within, plain = Questions(), DistillationStep._forward_backward
 
@@ -68,8 +83,6 @@ def questions(rank: int, world_size: int, overrides: list[str]) -> tuple[dict[st
         with Questions() as whole, patch.object(DistillationStep, "_forward_backward", counted):
             step(batches)
         return dict(within.asked), dict(whole.asked)
-    finally:
-        shutdown_parallel()
 
 
 @pytest.mark.parametrize("loss", ["{forward_kl: 1.0}", "{forward_kl: 0.7, cross_entropy: 0.3}"])

@@ -1,10 +1,8 @@
-"""The compiled Triton kernels give the reference's bits on a real GPU, at the speed of its memory."""
+"""The compiled Triton kernels give the reference's bits on a real GPU; ``benchmarks/gpu.py`` has their speed."""
 
 import pytest
 import torch
 
-from benchmarks.kl import bench_kl
-from benchmarks.nvfp4 import bench_nvfp4
 from megaqad.losses import vocab_parallel_kl
 from megaqad.nvfp4 import dequantize, fake_quantize, fake_quantize_packed, quantize, row_amax, tensor_amax
 from tests.nvfp4 import data
@@ -47,42 +45,3 @@ def test_kl_and_its_gradient(dtype, spread):
     error = (gradient - true_gradient).norm() / true_gradient.norm()
     rounding = (true_gradient.to(dtype).double() - true_gradient).norm() / true_gradient.norm()
     assert error <= (1.01 * rounding if dtype is torch.bfloat16 else 3e-5)
-
-
-def test_fake_quantize_keeps_up_with_a_copy():
-    rows = list(bench_nvfp4(shapes=[(16384, 16384)]))
-    for operation in ("fake_quantize", "fake_quantize_packed"):
-        row = next(
-            row for row in rows if (row["operation"], row["amax"], row["impl"]) == (operation, "given", "triton")
-        )
-        assert row["of_copy"] >= 0.80, row
-
-
-def test_kl_keeps_up_with_a_copy():
-    """Both logits are read twice and the gradient written once: 10 bytes per BF16 logit."""
-    tokens, vocabulary = 8192, 32_000
-    rows = bench_kl(logits_shapes=[(tokens, vocabulary)], head_shapes=[(1024, 32_000, 1024)])
-    row = next(row for row in rows if (row["operation"], row.get("impl")) == ("logits", "megaqad"))
-    source = torch.empty(tokens, vocabulary, dtype=torch.bfloat16, device="cuda")
-    target = torch.empty_like(source)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    target.copy_(source)
-    begin.record()
-    for _ in range(20):
-        target.copy_(source)
-    end.record()
-    end.synchronize()
-    copy_seconds = begin.elapsed_time(end) / 1e3 / 20
-    of_copy = (10 * tokens * vocabulary / row["seconds"]) / (2 * source.nbytes / copy_seconds)
-    assert of_copy >= 0.85, row
-
-
-def test_linear_kl_beside_modelopt():
-    rows = list(bench_kl(logits_shapes=[(1024, 32_000)], head_shapes=[(8192, 151_936, 4096)]))
-    row = next(
-        row for row in rows if (row["operation"], row.get("impl"), row.get("ignored")) == ("heads", "megaqad", 0.0)
-    )
-    assert row["ratio_to_modelopt"] <= 0.70, row
-    errors = {row["impl"]: row for row in rows if row["operation"] == "errors"}
-    assert errors["megaqad"]["head_gradient_error"] <= 5e-3
-    assert abs(errors["megaqad"]["loss_bias"]) <= 1e-4
