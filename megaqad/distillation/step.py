@@ -238,9 +238,20 @@ class DistillationStep:
             group=self.ranks.tensor_group,
             sequence_parallel=self.ranks.sizes.sequence,
             accumulate_into=main_grad,
+            accumulated=self._head_is_ready,
             work=batch.work,
         )
         return loss
+
+    def _head_is_ready(self) -> None:
+        """Tell DDP, if it reduces gradients as they come, that the head's is there: autograd has none for it. A head
+        that is this chunk's embedding too is ready with that one's."""
+        wrapped = self.student[-1]
+        chunk: CausalLM = wrapped.module
+        shared = chunk.pre_process and chunk.share_embeddings_and_output_weights
+        if wrapped.ddp_config.overlap_grad_reduce and not shared:
+            parameter = chunk.head_parameter
+            wrapped.param_to_bucket_group[parameter].register_grad_ready(parameter, wrapped.force_all_reduce)
 
     def _mean(self, losses: Sequence[Tensor]) -> float:
         """Loss of the global batch per unit of token weight, on every rank; ``losses``: of the last stage."""

@@ -10,6 +10,7 @@ Gradients are made during forward, where the logits are; backward multiplies the
 `torch.no_grad`, or if nothing requires a gradient, their half of the work is left out.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ class _Plan:
     tokens: Tokens
     layout: Layout
     accumulate_into: Tensor | None
+    accumulated: Callable[[], None]
     wants_hidden: bool
     wants_head: bool
     work: Work | None
@@ -141,7 +143,8 @@ class _GradientsInForwardThenScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, teacher: Model | None, plan: _Plan) -> tuple[Tensor, Tensor]:
         outcome = _run(Model(hidden, head), teacher, plan)
-        ctx.accumulate_into, ctx.types = plan.accumulate_into, (hidden.dtype, head.dtype)
+        ctx.accumulate_into, ctx.accumulated = plan.accumulate_into, plan.accumulated
+        ctx.types = (hidden.dtype, head.dtype)
         ctx.gradients = (outcome.hidden_gradient if plan.wants_hidden else None, outcome.head_gradient)
         ctx.mark_non_differentiable(outcome.token_loss)
         return outcome.loss, outcome.token_loss
@@ -158,6 +161,7 @@ class _GradientsInForwardThenScale(torch.autograd.Function):
         if head_gradient is not None and ctx.accumulate_into is not None:
             ctx.accumulate_into.addcmul_(head_gradient, grad_loss)
             head_gradient = None
+            ctx.accumulated()
         elif head_gradient is not None:
             head_gradient = _scaled(head_gradient, grad_loss, ctx.types[1])
         return hidden_gradient, head_gradient, None, None
@@ -176,6 +180,7 @@ def linear_divergence(
     group: Group = None,
     sequence_parallel: bool = False,
     accumulate_into: Tensor | None = None,
+    accumulated: Callable[[], None] = lambda: None,
     work: Work | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -195,10 +200,10 @@ def linear_divergence(
 
     Tokens of weight 0 take no part in any product and may hold NaN. `accumulate_into` (FP32 [V_local, H_s],
     Megatron-Core's `main_grad` of the head) receives the head's gradient in backward, added in FP32; autograd then
-    gets None for the head. Backward may run once per call. A head padded to a round number of rows: give `head[:rows]`,
-    the rows that are vocabulary, for both models; padding then takes no part, and its gradient is 0. `work`: what
-    `plan_work` gave for these tokens; then nothing here waits for the device. Raises ValueError, on every rank, for
-    arguments that do not fit together.
+    gets None for the head, and `accumulated` is called. Backward may run once per call. A head padded to a round number
+    of rows: give `head[:rows]`, the rows that are vocabulary, for both models; padding then takes no part, and its
+    gradient is 0. `work`: what `plan_work` gave for these tokens; then nothing here waits for the device. Raises
+    ValueError, on every rank, for arguments that do not fit together.
     """
     teacher = None
     if objective.needs_teacher:
@@ -234,10 +239,13 @@ def linear_divergence(
         tokens=Tokens(token_weights.detach(), labels if objective.needs_labels else None, vocab_start),
         layout=Layout(group, sequence_parallel),
         accumulate_into=accumulate_into,
+        accumulated=accumulated,
         wants_hidden=with_grad and student_hidden.requires_grad,
         wants_head=with_grad and student_head.requires_grad,
         work=work,
     )
+    if accumulate_into is not None and plan.wants_hidden:
+        student_head = student_head.detach()  # hooks of its parameter would take None for a gradient that was forgotten
     loss, token_loss = _GradientsInForwardThenScale.apply(student_hidden, student_head, teacher, plan)
     return loss, token_loss
 

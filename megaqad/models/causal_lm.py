@@ -184,7 +184,9 @@ class CausalLM(LanguageModule):
         return rows if self.head_quantizer is None else self.head_quantizer.head(rows)
 
     @property
-    def _head_parameter(self) -> nn.Parameter:
+    def head_parameter(self) -> nn.Parameter:
+        """What holds the head, padding included; with a tied head on one stage the embedding's. Only on
+        ``post_process`` chunks."""
         assert self.post_process, "only the last chunk holds the output head"
         tied = self.share_embeddings_and_output_weights
         weight: nn.Parameter = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
@@ -192,7 +194,7 @@ class CausalLM(LanguageModule):
 
     def original_head(self) -> Tensor:
         """``head_weight`` without any rounding, a view of the parameter."""
-        weight = self._head_parameter
+        weight = self.head_parameter
         return weight if self._real_vocab_rows == weight.shape[0] else weight[: self._real_vocab_rows]
 
     def head_main_grad(self) -> Tensor | None:
@@ -202,6 +204,6 @@ class CausalLM(LanguageModule):
         gradient still comes through autograd and DDP's hook adds it to the same rows. None where nothing accumulates: a
         frozen head, or a model outside DDP.
         """
-        weight = self._head_parameter
+        weight = self.head_parameter
         main_grad: Tensor | None = vars(weight).get("main_grad")
         return None if main_grad is None or not weight.requires_grad else main_grad[: self._real_vocab_rows]

@@ -25,13 +25,20 @@ from megaqad.quantization.settings import SCALE_LR
 from megaqad.training.pieces import distributed_optimizers
 
 
-def wrap_for_training(model: Model) -> list[DistributedDataParallel]:
+def wrap_for_training(model: Model, *, overlap: bool | None = None) -> list[DistributedDataParallel]:
     """The model's chunks in Megatron-Core's DDP, gradients in one FP32 buffer. Parameters move into one buffer too.
+
+    Args:
+        overlap: reduce a layer's gradients, in FP32, while those of the layers before it are computed; None: on CUDA,
+            where there are data-parallel ranks. Parameters are gathered before the next forward all the same, because
+            that is when their quantized copies are made.
 
     The copies of the parameters on data-parallel ranks must be equal already. Collectives: those of ``Model.changed``.
     """
+    if overlap is None:
+        overlap = model.ranks.data_size > 1 and model.ranks.device.type == "cuda"
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=overlap
     )
     wrapped = [
         DistributedDataParallel(
@@ -39,6 +46,9 @@ def wrap_for_training(model: Model) -> list[DistributedDataParallel]:
         )
         for index, chunk in enumerate(model.chunks)
     ]
+    if overlap:  # only what the last microbatch adds makes a gradient complete
+        inside = [chunk.no_sync for chunk in wrapped]
+        model.chunks[0].config.no_sync_func = inside if len(inside) > 1 else inside[0]
     for chunk in wrapped:
         chunk.train()
     model.changed()  # training keeps the quantized copies of its weights

@@ -24,7 +24,7 @@ POINTS = {
     "validation": "megaqad.evaluation.evaluate:Evaluator.evaluate",
     "log": "megaqad.training.logs:MetricsLog.write",
     "copy to host": "megaqad.training.saver:to_host",
-    "checkpoint write": "megaqad.runtime.files:_safetensors_blocks",
+    "checkpoint write": "megaqad.runtime.files:_blocks",
     "read back": "megaqad.training.saver:digest_of",
     "state": "megaqad.training.saver:state_text",
     "manifest": "megaqad.training.saver:write_manifest",
