@@ -62,6 +62,9 @@ COMMANDS = {
     "logits": Command("logits", "tokens=<npy int64 [b, s]> through the teacher or the student", reads_student=True),
     "bench kl": Command("bench", "the loss beside its peers: time, memory, errors", needs_model=False),
     "bench nvfp4": Command("bench", "the number format's implementations: time, bandwidth", needs_model=False),
+    "bench blackwell": Command(
+        "bench", "Transformer Engine's NVFP4 layers beside the emulated ones: checks, speeds", needs_model=False
+    ),
     "bench step": Command(
         "bench",
         "a QAD step beside a fine-tuning step, part by part; --profile: with its kernels",

@@ -1,4 +1,4 @@
-"""``megaqad bench kl | nvfp4 | step``: one JSON line per measurement on standard output.
+"""``megaqad bench kl | nvfp4 | step | blackwell``: one JSON line per measurement on standard output.
 
 Speeds are compared within one process, in turns; a ratio is worth reading, an absolute time is of this machine. The
 measurements themselves are in ``benchmarks/``, which is no part of what the other commands need.
@@ -22,6 +22,11 @@ def bench_kl() -> None:
 def bench_nvfp4() -> None:
     """``megaqad bench nvfp4``, on one process."""
     _print_rows(_benchmark("nvfp4").bench_nvfp4())
+
+
+def bench_blackwell() -> None:
+    """``megaqad bench blackwell``, on one process."""
+    _print_rows(_benchmark("blackwell").rows())
 
 
 def bench_step(settings: Settings, *, profile: bool = False) -> None:
