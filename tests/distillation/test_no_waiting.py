@@ -85,8 +85,13 @@ def questions(rank: int, world_size: int, overrides: list[str]) -> tuple[dict[st
         return dict(within.asked), dict(whole.asked)
 
 
-@pytest.mark.parametrize("loss", ["{forward_kl: 1.0}", "{forward_kl: 0.7, cross_entropy: 0.3}"])
-@pytest.mark.parametrize(("ranks", "sizes"), [(1, []), (2, ["parallel.tensor=2", "parallel.sequence=true"])])
+@pytest.mark.parametrize(
+    ("ranks", "sizes", "loss"),
+    [
+        (1, [], "{forward_kl: 0.7, cross_entropy: 0.3}"),
+        (2, ["parallel.tensor=2", "parallel.sequence=true"], "{forward_kl: 1.0}"),
+    ],
+)
 def test_a_step_asks_at_its_ends_only(run_ranks, tmp_path, ranks, sizes, loss) -> None:
     model = make_checkpoint("llama", tmp_path / "model")
     overrides = [
