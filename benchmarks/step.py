@@ -37,6 +37,7 @@ from megaqad.models.causal_lm import CausalLM
 from megaqad.models.load import load_weights
 from megaqad.models.model import Model
 from megaqad.recovery.session import Session
+from megaqad.recovery.teaching import teacher_sequences
 from megaqad.training.optimizer import build_optimizer, wrap_for_training
 
 from . import peers
@@ -111,7 +112,9 @@ def _timed_step(session: Session, model: Model, objective: Objective) -> "TimedS
     # A learning rate of 0 keeps both models where they are, so that every round times the same work.
     still, fused = replace(session.settings.train, lr=0.0, min_lr=0.0), session.settings.runtime.fused
     optimizer, scheduler = build_optimizer(student, still, session.dtype, fused=fused)
-    teacher = LiveTeacher(session.teacher) if objective is Objective.QAD else None
+    teacher = None
+    if objective is Objective.QAD:
+        teacher = LiveTeacher(session.teacher, sequences=teacher_sequences(session))
     return TimedStep(model, student, optimizer, scheduler, objective=objective, teacher=teacher)
 
 

@@ -23,7 +23,7 @@ from megaqad.runtime.files import write_text_whole
 from megaqad.runtime.lock import DirectoryLock
 
 FILE = "run.json"
-NOT_IDENTITY_IN_TRAIN = ("micro_batch_size", "recompute", "stop_after", "max_bad_steps")
+NOT_IDENTITY_IN_TRAIN = ("micro_batch_size", "teacher_micro_batch_size", "recompute", "stop_after", "max_bad_steps")
 TRAINING_COMMANDS = ("distill", "recover", "demo", "pretrain")
 NOT_READ_WITH_A_STUDENT = ("quantization.calibration_samples", "quantization.backend")
 """Of a recipe: what may differ when a student is read. Backends compute one function, and only one runs anywhere."""

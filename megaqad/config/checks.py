@@ -224,6 +224,17 @@ def _check_batches(settings: Settings) -> None:
             f"{train.micro_batch_size} x {replicas} data-parallel replicas: choose a multiple of {share}"
         )
     micro_batches = train.global_batch_size // share
+    of_teacher = train.teacher_micro_batch_size
+    if of_teacher is not None and (of_teacher < 1 or of_teacher % train.micro_batch_size):
+        raise UserError(
+            f"train.teacher_micro_batch_size={of_teacher} must be a multiple of train.micro_batch_size="
+            f"{train.micro_batch_size}: its microbatches are put together"
+        )
+    if of_teacher not in (None, train.micro_batch_size) and settings.distill.hidden.weight:
+        raise UserError(
+            f"train.teacher_micro_batch_size={of_teacher} beside distill.hidden, which compares microbatch by "
+            "microbatch: leave it out"
+        )
     parallel = settings.parallel
     if parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
         raise UserError(

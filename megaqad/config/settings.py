@@ -41,6 +41,9 @@ class TrainSettings:
     """Sequences per optimizer step, over all replicas."""
     micro_batch_size: int = 1
     """Sequences per forward pass of one replica."""
+    teacher_micro_batch_size: int | None = None
+    """Of the teacher's pass, which keeps nothing for a backward one. Left out: on CUDA whole microbatches up to 16,384
+    tokens together, on the CPU one by one."""
     sequence_length: int = 4096
     """Tokens per sequence."""
     weight_decay: float = 0.0

@@ -42,12 +42,23 @@ class Teacher(Protocol):
 class LiveTeacher:
     """A model of its own, in the student's layout but with any number of layers and any width."""
 
-    def __init__(self, model: Model) -> None:
-        """``model``: frozen."""
-        self.model = model
+    def __init__(self, model: Model, *, sequences: int = 1) -> None:
+        """
+        Args:
+            model: frozen.
+            sequences: microbatches go through it together up to so many sequences, since it keeps nothing for a
+                backward pass; at least one microbatch does, and as many parts as there are pipeline stages.
+        """
+        self.model, self._sequences = model, sequences
 
     def last_hidden(self, tokens: Sequence[Tensor]) -> list[Tensor]:
-        return forward_hidden(self.model, tokens)
+        each = len(tokens[0])
+        most = min(self._sequences // each, len(tokens) // self.model.ranks.sizes.pipeline)
+        several = max((count for count in range(1, most + 1) if len(tokens) % count == 0), default=1)
+        if several == 1:
+            return forward_hidden(self.model, tokens)
+        parts = [torch.cat(list(tokens[first : first + several])) for first in range(0, len(tokens), several)]
+        return [hidden for part in forward_hidden(self.model, parts) for hidden in part.split(each, dim=1)]
 
     def head_weight(self) -> Tensor:
         return self.model.last.head_weight().detach()

@@ -18,6 +18,9 @@ from megaqad.models.trainable import trained_share
 from megaqad.recovery.session import Session
 from megaqad.runtime.agree import on_main
 
+TOKENS_AT_ONCE = 16_384
+"""Through the teacher on CUDA; more do not make its products faster."""
+
 
 def divergence_of(session: Session) -> Objective:
     """The QAD loss on logits."""
@@ -48,8 +51,19 @@ def teacher_of(session: Session, student: Model) -> Teacher:
 
 
 def _live(session: Session) -> Teacher:
-    distill = session.settings.distill
-    return LiveTeacher(session.teacher if distill.teacher in TEACHERS else session.frozen(session.settings.teacher_dir))
+    settings = session.settings
+    original = settings.distill.teacher in TEACHERS
+    model = session.teacher if original else session.frozen(settings.teacher_dir)
+    return LiveTeacher(model, sequences=teacher_sequences(session))
+
+
+def teacher_sequences(session: Session) -> int:
+    """How many go through the teacher together."""
+    train = session.settings.train
+    if train.teacher_micro_batch_size is not None:
+        return train.teacher_micro_batch_size
+    one_by_one = session.ranks.device.type != "cuda" or session.settings.distill.hidden.weight
+    return train.micro_batch_size if one_by_one else TOKENS_AT_ONCE // train.sequence_length
 
 
 def _self_teacher(session: Session, student: Model) -> Teacher:

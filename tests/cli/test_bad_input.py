@@ -101,6 +101,11 @@ def refusal(capsys, arguments):
         (["distill.hidden.weight=1", "distill.cache=/tmp/none"], ["distill.cache holds last hidden states only"]),
         (["distill.teacher=self", "distill.cache=/tmp/none"], ["distill.teacher=self"]),
         (["distill.teacher=self"], ["train.trainable=['*'] is every weight", "distill.teacher=model"]),
+        (["train.teacher_micro_batch_size=3", "train.micro_batch_size=2"], ["teacher_micro_batch_size=3", "multiple"]),
+        (
+            ["train.teacher_micro_batch_size=2", "distill.hidden.weight=1"],
+            ["teacher_micro_batch_size=2", "leave it out"],
+        ),
         (["distill.teacher=/no/teacher"], ["/no/teacher/config.json does not exist"]),
         (["runtime.dtype=float16"], ["runtime.dtype=float16", "bfloat16, float32"]),
         (["data=/does/not/exist.txt"], ["/does/not/exist.txt"]),

@@ -66,6 +66,32 @@ def test_from_the_cache_as_from_the_teacher_bit_for_bit(models, run_ranks, tmp_p
     assert differences(trained[0], trained[2]) == []
 
 
+def curve_and_passes(rank, world_size, overrides):
+    """The curve, and of each pass of the teacher how many sequences its parts had."""
+    seen = []
+
+    def noted(model, tokens):
+        seen.append(tuple(map(len, tokens)))
+        return forward_hidden(model, tokens)
+
+    with patch("megaqad.distillation.teachers.forward_hidden", noted):
+        rows = train_curve(rank, world_size, [*overrides, "evaluation.every=0"])
+    return rows, seen
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sizes"), [(1, []), (2, ["parallel.tensor=2", "parallel.sequence=true"]), (2, ["parallel.pipeline=2"])]
+)
+def test_microbatches_go_through_the_teacher_together(models, run_ranks, tmp_path, ranks, sizes):
+    """Eight sequences in microbatches of two: all at once, or in two parts where there are two stages."""
+    options = [f"distill.teacher={models[1]}", "quantization=none", *sizes]
+    plain = run_ranks(ranks, train_curve, run_of(models, tmp_path / "plain", *options))[0]
+    options.append("train.teacher_micro_batch_size=8")
+    found, sizes_seen = run_ranks(ranks, curve_and_passes, run_of(models, tmp_path / "together", *options))[0]
+    assert losses(found).tolist() == pytest.approx(losses(plain).tolist(), rel=1e-6)
+    assert set(sizes_seen) == ({(4,) * 2} if "parallel.pipeline=2" in sizes else {(8,)})
+
+
 OTHER_LAYOUTS = {
     "written by one rank, read by pipeline 2 x data 2, interleaved": (
         (1, []),
