@@ -51,7 +51,14 @@ HEADS = {"operation": "heads", "impl": "megaqad", "ignored": 0.0}
 LOGITS = {"operation": "logits", "impl": "megaqad", "vocabulary": 32000}
 FAKE = {"operation": "fake_quantize", "amax": "given", "impl": "triton"}
 BARS = (
-    Bar("step", "QAD step, ModelOpt's seconds over ours", WHOLE, lambda row: row["over_modelopt"], least=1.35),
+    Bar("step", "QAD step, ModelOpt's seconds over ours", WHOLE, lambda row: row["modelopt_over_qad"], least=1.35),
+    Bar(
+        "step",
+        "fine-tuning, transformers' time over ours",
+        WHOLE,
+        lambda row: row["hugging_face_over_plain"],
+        least=1,
+    ),
     Bar("step", "QAD step, TFLOP/s (H200)", WHOLE, lambda row: row["qad_tflops"], least=500),
     Bar("step", "QAD step over fine-tuning step", WHOLE, lambda row: row["ratio"], most=1.40),
     Bar("step", "QAD step, GB beyond what is held", WHOLE, lambda row: row["qad_peak_tensor_bytes"] / 1e9, most=13.1),

@@ -1,7 +1,8 @@
-"""A QAD step as ModelOpt's documentation has it: the Hugging Face model, SDPA, its quantizers, KL of whole logits.
+"""What a user would run without megaqad, on one device: the Hugging Face model with SDPA.
 
-What a user would run without megaqad, on one device: no sharding, so it is compared on one rank only. The step is
-forward of teacher and student, backward, and PyTorch's fused AdamW with a learning rate of 0, as ours has.
+`hugging_face` is a fine-tuning step of it; `modelopt` a QAD step as ModelOpt's documentation has it, with its
+quantizers and the KL of whole logits. Both end with PyTorch's fused AdamW and a learning rate of 0, as ours do, but on
+parameters in the run's dtype: there are no FP32 main parameters to read and write.
 """
 
 import importlib
@@ -27,12 +28,21 @@ def import_modelopt() -> str | None:
     return None
 
 
+def contestants(session: Session, batches: Sequence[Batch]) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """The steps by name, and why those that are missing are."""
+    if session.ranks.world_size > 1:
+        return {}, dict.fromkeys(("hugging_face", "modelopt"), "it runs on one rank")
+    steps = {"hugging_face": fine_tuning_step(plain_model(session), batches)}
+    lacks = modelopt_lacks(session)
+    if lacks is not None:
+        return steps, {"modelopt": lacks}
+    return steps | {"modelopt": modelopt_step(session, batches)}, {}
+
+
 def modelopt_lacks(session: Session) -> str | None:
     """Why ModelOpt cannot be measured beside this session."""
     if session.ranks.device.type != "cuda":
         return "its NVFP4 quantizer runs on CUDA only"
-    if session.ranks.world_size > 1:
-        return "it runs on one rank"
     if (session.plan.settings.weights, session.plan.settings.activations) != ("nvfp4", "nvfp4"):
         return "it is compared in W4A4: quantization=nvfp4"
     return import_modelopt()
@@ -62,6 +72,23 @@ def distillation_step(teacher: Any, student: Any, batches: Sequence[Batch]) -> C
             found = student(batch.tokens).logits.float().log_softmax(-1)
             loss = F.kl_div(found, target, reduction="sum", log_target=True) / count
             del target, found
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def fine_tuning_step(student: Any, batches: Sequence[Batch]) -> Callable[[], object]:
+    """Cross entropy to the labels, of a model of transformers on the batches' device."""
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, fused=True)
+    count = sum(batch.tokens.numel() for batch in batches)
+
+    def step() -> None:
+        for batch in batches:
+            logits = student(batch.tokens).logits.float()
+            loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum") / count
+            del logits
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -8,7 +8,8 @@ Each part has its own floor: what the same work costs in the fine-tuning step. F
 fine-tuned model's forward, for the loss 4/3 of cross entropy's, since the teacher's head is a fourth matrix product
 beside three; weight quantization has none. What a part costs over its floor is what is left to gain there.
 
-Beside the two, where it is installed, ModelOpt on the plain Hugging Face model, in the same turns (``peers.py``).
+Beside the two, in the same turns, the plain Hugging Face model, fine-tuned and, where it can run, distilled with
+ModelOpt's quantizers (``peers.py``).
 
 The parts of a step are timed inside it. Activation quantization happens within the student's forward pass; it shows as
 the difference between that pass and the same pass of the fine-tuned model.
@@ -63,17 +64,14 @@ def rows(settings: Settings, repeats: int = 7, *, profile: bool = False) -> Iter
     distilled = _timed_step(session, student, Objective.QAD)
     batches = _one_batch(session)
     layout = {"world_size": session.ranks.world_size, "dtype": settings.runtime.dtype}
-    contestants: dict[str, Callable[[], object]] = {}
-    lacks = peers.modelopt_lacks(session)
-    if lacks is None:
-        contestants["modelopt"] = peers.modelopt_step(session, batches)
+    contestants, missing = peers.contestants(session, batches)
     measured = bench_step(plain, distilled, batches, contestants, repeats=repeats)
     common = layout | machine(session.ranks.device)
     for row in measured:
         if session.ranks.is_main:
             yield row | common | (_rates(row, session) if row["part"] == "step" else {})
-    if lacks is not None and session.ranks.is_main:
-        yield {"bench": "step", "part": "modelopt", "skipped": lacks}
+    if session.ranks.is_main:
+        yield from ({"bench": "step", "part": name, "skipped": why} for name, why in missing.items())
     if profile:
         kernels = kernel_rows(lambda: distilled(batches), PARTS, session.ranks.device)
         yield from kernels if session.ranks.is_main else ()
@@ -193,14 +191,14 @@ def bench_step(
         plain: cross entropy, no quantizers.
         distilled: QAD, quantizers on, in the same layout.
         micro_batches: this data-parallel rank's share of one global batch.
-        contestants: other QAD steps of the same model and tokens, by name.
+        contestants: other steps of the same model and tokens, by name.
         repeats: rounds, after one that is not counted; medians are reported.
 
     Yields:
         ``part``, ``plain_seconds``, ``qad_seconds``, ``over_plain_step`` (the QAD part as a share of the whole plain
         step), ``over_floor`` (what it costs beyond its floor, as such a share), and for ``part="step"`` the ``ratio``,
         its floor, and for both steps ``peak_tensor_bytes`` and ``peak_resident_bytes`` beyond what is held between
-        steps. A contestant's ``<name>_seconds`` stand in the whole step's row, with how often ours fits into them.
+        steps. A contestant's ``<name>_seconds`` stand in the whole step's row, with how often ours fit into them.
 
     Collectives: those of the steps. Seconds are this rank's.
     """
@@ -234,7 +232,8 @@ def bench_step(
             row |= {"ratio": statistics.median(qad / fine_tuning for qad, fine_tuning in pairs), "floor": 8 / 6}
             row |= _memory("plain", plain, micro_batches) | _memory("qad", distilled, micro_batches)
             row |= {f"{name}_seconds": statistics.median(spent) for name, spent in others.items()}
-            row |= {f"over_{name}": row[f"{name}_seconds"] / ours for name in others}
+            row |= {f"{name}_over_plain": row[f"{name}_seconds"] / theirs for name in others}
+            row |= {f"{name}_over_qad": row[f"{name}_seconds"] / ours for name in others}
         yield row
 
 

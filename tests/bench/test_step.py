@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from benchmarks.gpu import BARS, verdict
 from benchmarks.step import PARTS
@@ -70,6 +71,7 @@ def test_a_shape_without_a_model(run_ranks, tmp_path):
     assert math.isclose(step["qad_tflops"], 4 * work / step["qad_seconds"] / 1e12)
     assert step["qad_share_of_products"] > 0
     assert [row["skipped"] for row in rows if row.get("part") == "modelopt"], "no CUDA"
+    assert math.isclose(step["hugging_face_over_plain"], step["hugging_face_seconds"] / step["plain_seconds"])
     said = [verdict(bar, rows)[1] for bar in BARS if bar.part == "step"]
     assert [line for line in said if "not measured" in line] == [line for line in said if "ModelOpt" in line]
     kernels = [row for row in rows if "profile" in row]
@@ -82,7 +84,7 @@ def test_the_peers_step_trains(tmp_path):
     """ModelOpt's quantizer needs CUDA; the step around it does not."""
     from transformers import AutoModelForCausalLM
 
-    from benchmarks.peers import distillation_step
+    from benchmarks.peers import distillation_step, fine_tuning_step
     from megaqad.data import Batch
 
     models = [make_checkpoint("llama", tmp_path / str(seed), seed=seed) for seed in (0, 1)]
@@ -99,6 +101,9 @@ def test_the_peers_step_trains(tmp_path):
     gap = (hidden @ before.t()).softmax(-1) - target.softmax(-1)  # of the KL's gradient by logits
     torch.testing.assert_close(found, (gap.flatten(0, 1).t() @ hidden.flatten(0, 1)) / 64, rtol=1e-4, atol=1e-6)
     assert torch.equal(student.lm_head.weight, before)
+    fine_tuning_step(student, batches)()
+    gap = (hidden @ before.t()).softmax(-1) - F.one_hot(tokens.flatten(0, 1), 515)
+    torch.testing.assert_close(seen[-1], (gap.flatten(0, 1).t() @ hidden.flatten(0, 1)) / 64, rtol=1e-4, atol=1e-6)
 
 
 def test_an_installation_without_the_benchmarks_says_so(monkeypatch):
