@@ -16,8 +16,8 @@ from megaqad.distillation.forward import forward_hidden
 from megaqad.recovery.session import Session
 from megaqad.runtime.ranks import shutdown_parallel
 
-from . import kl
 from .contestants import Problem
+from .errors import errors
 
 RECIPES = {"o_proj": ["*.o_proj"], "all layers": ["*"]}
 TOKENS = 512
@@ -32,7 +32,7 @@ def bench_trained() -> Iterator[dict[str, Any]]:
     take times before.
     """
     for name, include in RECIPES.items():
-        for row in kl.errors(trained_problem(include)):
+        for row in errors(trained_problem(include)):
             yield {"bench": "kl", "dtype": "bfloat16", "quantized": name} | row
 
 

@@ -11,7 +11,8 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megaqad.models.architecture import Architecture
-from megaqad.models.blocks.block import Builder, Choices, PlainChoices
+from megaqad.models.blocks.block import Builder, Choices
+from megaqad.models.blocks.plain import PlainChoices
 from megaqad.models.causal_lm import CausalLM, Head
 from megaqad.models.model import Model
 from megaqad.models.operations import operations

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from megaqad.models.blocks.attention import causal_attention
-from megaqad.models.blocks.block import Builder, PlainChoices
+from megaqad.models.blocks.block import Builder
 from megaqad.models.blocks.norm import Norm
+from megaqad.models.blocks.plain import PlainChoices
 from megaqad.models.build import copy_model, transformer_config
 from megaqad.models.families import describe_model
 from megaqad.runtime.ranks import ParallelSizes, parallel

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from megaqad.models.blocks.grouped import GroupedLinear
 from megaqad.models.operations import PLAIN, Operations
 from megaqad.models.weights import Weight
 from megaqad.runtime.sizes import ParallelSizes
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Choices(Protocol):
-    """Which modules stand where a recipe may quantize; ``PlainChoices`` quantizes nothing."""
+    """Which modules stand where a recipe may quantize; ``plain.PlainChoices`` quantizes nothing."""
 
     def linear(self, weight: Weight) -> "type | ModuleSpec":
         """The module of a linear layer; built with the arguments of Megatron's parallel linear layers."""
@@ -38,21 +37,6 @@ class Choices(Protocol):
         """What rounds the keys and values that attention sees, given the modules that make them: a module called with
         (key, value) that returns both; None leaves them alone."""
         ...
-
-
-class PlainChoices:
-    """Megatron-Core's layers."""
-
-    def linear(self, weight: Weight) -> "type | ModuleSpec":
-        from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-
-        return RowParallelLinear if weight.row_parallel else ColumnParallelLinear
-
-    def experts(self, weights: Sequence[Weight], builder: "Builder") -> nn.Module:
-        return GroupedLinear(weights, builder)
-
-    def cache(self, key: str, value: str) -> nn.Module | None:
-        return None
 
 
 @dataclass(frozen=True)
