@@ -1,4 +1,5 @@
-"""Damaged checkpoint directories: bytes and values changed at random. Read as they stand, or refused in one line.
+"""Damaged checkpoint directories: bytes and values changed at random. Read as they stand, with the logits that
+transformers computes where it is the config.json that was changed, or refused in one line.
 
 ``python -m tests.models.mutations 10000`` tries as many and says how often each outcome was seen.
 """
@@ -12,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Qwen3ForCausalLM
 
 from megaqad.errors import UserError
 from megaqad.models.checkpoint_files import INDEX_FILE, SINGLE_FILE
@@ -22,6 +25,8 @@ from megaqad.models.families import describe_model
 from megaqad.models.load import SliceReader
 from megaqad.runtime.ranks import ParallelSizes
 from tests.models.checkpoints import make_checkpoint
+from tests.models.megatron_runs import local_logits, whole_logits
+from tests.ranks import run_ranks
 
 STRANGE: tuple[Any, ...] = (
     None,
@@ -151,6 +156,20 @@ def outcome(folder: Path) -> str:
     return "read"
 
 
+def logits_of(folder: Path) -> str:
+    """Of a directory that is read and whose config.json was changed; asserts that they are transformers'."""
+    tokens = np.random.default_rng(0).integers(0, 257, (2, 16))
+    found = whole_logits(run_ranks(1, local_logits, folder, ParallelSizes(), tokens))
+    # by its class: a file may do without the model_type that transformers finds it by
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens), use_cache=False).logits
+    if not expected.isfinite().all():
+        return "read, not finite"
+    assert (found - expected).norm() <= 1e-4 * expected.norm()
+    return "read, logits right"
+
+
 def check(count: int, seed: int = 0) -> Counter[str]:
     """How often each outcome was seen in so many damaged directories."""
     seen: Counter[str] = Counter()
@@ -170,7 +189,10 @@ def check(count: int, seed: int = 0) -> Counter[str]:
                     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError):
                         continue  # what the first mutation left is no file for the second
             try:
-                seen[outcome(folder)] += 1
+                found = outcome(folder)
+                if found == "read" and (folder / "config.json").read_bytes() != files["config.json"]:
+                    found = logits_of(folder)
+                seen[found] += 1
             except BaseException:
                 print(f"number {number} of seed {seed}", file=sys.stderr)
                 raise
