@@ -156,10 +156,21 @@ def outcome(folder: Path) -> str:
     return "read"
 
 
+def logits_or_refusal(rank: int, world: int, folder: Path, tokens: np.ndarray) -> Any:
+    try:
+        return local_logits(rank, world, folder, ParallelSizes(), tokens)
+    except UserError as error:  # a number that is none
+        return str(error)
+
+
 def logits_of(folder: Path) -> str:
-    """Of a directory that is read and whose config.json was changed; asserts that they are transformers'."""
+    """Of a directory whose config.json was changed and whose headers fit; asserts that they are transformers'."""
     tokens = np.random.default_rng(0).integers(0, 257, (2, 16))
-    found = whole_logits(run_ranks(1, local_logits, folder, ParallelSizes(), tokens))
+    results = run_ranks(1, logits_or_refusal, folder, tokens)
+    if isinstance(results[0], str):
+        assert "\n" not in results[0]
+        return "refused"
+    found = whole_logits(results)
     # by its class: a file may do without the model_type that transformers finds it by
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
