@@ -12,7 +12,7 @@ One rank, or under torchrun or srun all of them; every function is collective ov
 
 from collections.abc import Sequence
 
-from megaqad.config import check_data, check_settings, load_settings
+from megaqad.config import check_data, check_form, check_settings, load_settings
 from megaqad.errors import UserError
 from megaqad.identity import check_output_dir, identity_of
 from megaqad.recovery.session import Session
@@ -32,6 +32,7 @@ def start(overrides: Sequence[str]) -> Session:
         UserError: as the command would say; or a layout of several ranks where only one was started.
     """
     launch.adopt_slurm_environment()
+    check_form(overrides)
     settings = load_settings(overrides)
     architecture = check_settings("recover", settings)
     if not launch.is_rank() and settings.local_ranks > 1:

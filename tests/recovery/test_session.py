@@ -44,3 +44,8 @@ def test_a_file_that_the_export_would_replace_is_seen_first(tmp_path: Path) -> N
     settings = [*SMALL_RUN, f"model={model}", f"output_dir={tmp_path / 'run'}", "quantization=nvfp4"]
     [line] = run_ranks(1, start_beside_a_foreign_file, settings, tmp_path / "run" / "export" / "README.md")
     assert "export already holds README.md, which is not replaced" in line
+
+
+def test_a_setting_given_twice_is_refused() -> None:
+    with pytest.raises(UserError, match="seed"):
+        recovery.start(["experiment=demo", "seed=1", "seed=2"])
