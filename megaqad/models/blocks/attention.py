@@ -156,8 +156,9 @@ class SelfAttention(nn.Module):
         if block.rotary is not None:
             table = tables.of(block.rotary, query.dtype, query.device)
             query, key = self.operations.rotate(query, *table), self.operations.rotate(key, *table)
-        if block.query_scale is not None:
-            query = query * block.query_scale.table(tables.length, query)
+        scale = block.query_scale
+        if scale is not None:
+            query = query * tables.kept(scale, query.dtype, lambda: scale.table(tables.length, query))
         if self.cache is not None:
             key, value = self.cache(key, value)
         mixed = causal_attention(query, key, value, self.operations, scale=block.scale, window=block.window)

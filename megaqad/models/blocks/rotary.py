@@ -5,13 +5,16 @@ that they are the numbers that every reader of the checkpoint computes with.
 """
 
 import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from megaqad.errors import UserError
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,18 +75,23 @@ class Rotary:
 
 
 class Tables:
-    """The tables of one chunk, kept for the length that was asked for last."""
+    """What the layers of one chunk multiply with, position by position, kept for the length that was asked for last."""
 
     def __init__(self) -> None:
-        self._kept: dict[Rotary, tuple[int, tuple[Tensor, Tensor]]] = {}
+        self._kept: dict[tuple[Hashable, torch.dtype], tuple[int, Any]] = {}
         self.length = 0
         """Of the sequences of the current microbatch, on all tensor-parallel ranks together."""
 
     def of(self, rotary: Rotary, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """``Rotary.table`` for sequences of ``length``."""
-        length, table = self._kept.get(rotary, (0, None))
         dtype = torch.float32 if rotary.wide else dtype
-        if table is None or length != self.length or table[0].dtype is not dtype:
-            table = rotary.table(self.length, dtype, device)
-            self._kept[rotary] = (self.length, table)
-        return table
+        return self.kept(rotary, dtype, lambda: rotary.table(self.length, dtype, device))
+
+    def kept(self, key: Hashable, dtype: torch.dtype, make: Callable[[], Made]) -> Made:
+        """What ``make`` gives for ``length``, made once for all layers and microbatches."""
+        length, made = self._kept.get((key, dtype), (0, None))
+        if made is None or length != self.length:
+            made = make()
+            self._kept[key, dtype] = (self.length, made)
+        found: Made = made
+        return found
