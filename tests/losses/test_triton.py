@@ -30,6 +30,7 @@ import pathlib, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from megaqad.losses import triton_kernels as t
+from megaqad.models import rotary_kernel as r
 
 BF16, FP32, I32 = "*bf16", "*fp32", "i32"
 strides = dict(student_stride=I32, teacher_stride=I32)
@@ -53,6 +54,13 @@ kernels = {
         dict(gathered=FP32, token_kl="*fp64", peaks=FP32, sums="*fp64", tokens=I32, ranks=I32, rank_stride=I32,
              statistic_stride=I32),
         dict(TEMPERATURE=0.7, TILE=t._MERGE_TILE),
+        dict(),
+    ),
+    "rotary": (
+        r._rotate_kernel,
+        dict(x=BF16, cos=BF16, sin=BF16, out=BF16, batch=I32, heads=I32, stride_s=I32, stride_b=I32, stride_n=I32,
+             table_stride=I32, half=I32, dim=I32),
+        dict(BACKWARD=True, HEADS=r._HEADS, HALF=32, KEPT=16),
         dict(),
     ),
 }
@@ -103,14 +111,14 @@ def test_compiles_for_hopper_and_blackwell_without_spills(tmp_path: Path, elemen
     run_python(program)
     compiled = sorted(tmp_path.glob("*.ptx"))
     assert [path.name for path in compiled] == [
-        f"{name}.{capability}.ptx" for name in ("gradient", "merge", "statistics") for capability in (100, 90)
+        f"{name}.{capability}.ptx" for name in ("gradient", "merge", "rotary", "statistics") for capability in (100, 90)
     ]
     for path in compiled:
         report = assembled(path)
         assert "0 bytes spill stores, 0 bytes spill loads" in report, f"{path.name}: {report}"
         registers = int(re.search(r"Used (\d+) registers", report).group(1))
         print(path.name, registers, "registers")
-        if path.name.startswith("merge"):
+        if path.name.startswith(("merge", "rotary")):
             continue
         assert registers <= 64, f"{path.name}: eight warps of more registers leave too few in flight to hide memory"
         ptx = path.read_text()
