@@ -122,13 +122,12 @@ def speeds(shape: tuple[int, int, int], ranks: Ranks) -> Iterator[dict[str, Any]
     layers = pair("column", ranks, inputs, outputs)
     x = _drawn(1, tokens, 1, inputs, device=ranks.device)
     slope = _drawn(2, tokens, 1, outputs, device=ranks.device)
-    runs: dict[str, Callable[[], object]] = {"bf16": _pass(layers["emulated"], x, slope)}
-    plain = in_turns({name: partial(seconds_of, run, ranks.device) for name, run in runs.items()}, 5)
+    passes = {name: partial(seconds_of, _pass(layer, x, slope), ranks.device) for name, layer in layers.items()}
+    timed = in_turns({"bf16": passes["emulated"]}, 5)  # quantizers are still off
     for layer in layers.values():
         _calibrate(layer, x, ranks)
-    runs = {name: _pass(layer, x, slope) for name, layer in layers.items()}
-    timed = in_turns({name: partial(seconds_of, run, ranks.device) for name, run in runs.items()}, 5)
-    for name, seconds in (plain | timed).items():
+    timed |= in_turns(passes, 5)
+    for name, seconds in timed.items():
         spent = statistics.median(seconds)
         yield {
             "speed": name,

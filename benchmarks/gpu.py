@@ -62,19 +62,15 @@ BARS = (
     Bar("step", "QAD step, TFLOP/s (H200)", WHOLE, lambda row: row["qad_tflops"], least=500),
     Bar("step", "QAD step over fine-tuning step", WHOLE, lambda row: row["ratio"], most=1.40),
     Bar("step", "QAD step, GB beyond what is held", WHOLE, lambda row: row["qad_peak_tensor_bytes"] / 1e9, most=13.1),
-    Bar(
-        "kl",
-        "heads over their products, hidden 4096",
-        HEADS | {"hidden": 4096},
-        lambda row: row["ratio_to_products"],
-        most=1.10,
-    ),
-    Bar(
-        "kl",
-        "heads over their products, hidden 2048",
-        HEADS | {"hidden": 2048},
-        lambda row: row["ratio_to_products"],
-        most=1.20,
+    *(
+        Bar(
+            "kl",
+            f"heads over their products, hidden {hidden}",
+            HEADS | {"hidden": hidden},
+            lambda row: row["ratio_to_products"],
+            most=most,
+        )
+        for hidden, most in ((4096, 1.10), (2048, 1.20))
     ),
     Bar("kl", "KL of logits, share of copy bandwidth", LOGITS, lambda row: row["of_copy"], least=0.85),
     Bar(

@@ -94,16 +94,18 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> Peak:
         run()
         wait(device)
         return Peak(torch.cuda.max_memory_allocated(device) - before, None)
-    resident = None
+    most = None
     if _CLEAR.exists():
         _CLEAR.write_text(_RESET_HIGH_WATER)
-        before = _resident("VmRSS")
+        before = resident("VmRSS")
         run()
-        resident = max(0, _resident("VmHWM") - before)
-    return Peak(_profiled(run), resident)
+        most = max(0, resident("VmHWM") - before)
+    return Peak(_profiled(run), most)
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Bytes of this process's memory, by Linux's names: ``VmRSS`` now, ``VmHWM`` at its peak, pages of mapped files
+    included. Not getrusage's, which begin at the peak of the parent process."""
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
 

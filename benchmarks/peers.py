@@ -17,17 +17,6 @@ from megaqad.data import Batch
 from megaqad.recovery.session import Session
 
 
-def import_modelopt() -> str | None:
-    """Why ModelOpt cannot be imported; None when it is."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            importlib.import_module("modelopt.torch.quantization")
-    except Exception as error:  # it imports much of what it finds installed
-        return f"ModelOpt cannot be imported ({error})"
-    return None
-
-
 def contestants(session: Session, batches: Sequence[Batch]) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
     """The steps by name, and why those that are missing are."""
     if session.ranks.world_size > 1:
@@ -45,7 +34,13 @@ def modelopt_lacks(session: Session) -> str | None:
         return "its NVFP4 quantizer runs on CUDA only"
     if (session.plan.settings.weights, session.plan.settings.activations) != ("nvfp4", "nvfp4"):
         return "it is compared in W4A4: quantization=nvfp4"
-    return import_modelopt()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("modelopt.torch.quantization")
+    except Exception as error:  # it imports much of what it finds installed
+        return f"ModelOpt cannot be imported ({error})"
+    return None
 
 
 def modelopt_step(session: Session, batches: Sequence[Batch]) -> Callable[[], object]:

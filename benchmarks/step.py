@@ -35,7 +35,6 @@ from megaqad.data import Batch
 from megaqad.distillation.step import DistillationStep, Objective, StepResult
 from megaqad.distillation.teachers import LiveTeacher
 from megaqad.models.causal_lm import CausalLM
-from megaqad.models.load import load_weights
 from megaqad.models.model import Model
 from megaqad.recovery.session import Session
 from megaqad.recovery.teaching import teacher_sequences
@@ -54,11 +53,8 @@ def rows(settings: Settings, repeats: int = 7, *, profile: bool = False) -> Iter
     Args:
         profile: at the end also the kernels of one QAD step, part by part.
     """
-    peers.import_modelopt()  # it cannot be imported once the CPU device layer is on
     session = Session.start(settings)
-    plain_model = session.random_model()
-    if not settings.has_random_weights:
-        load_weights(plain_model, settings.model_dir)
+    plain_model = session.with_weights(session.random_model(), settings.model_dir)
     student = session.calibrated_student()
     plain = _timed_step(session, plain_model, Objective.QAT)
     distilled = _timed_step(session, student, Objective.QAD)

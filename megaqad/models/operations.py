@@ -16,7 +16,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """By the names used here."""
 
 
-class Operations(Protocol):
-    """One form of each. Sharding is the caller's: these look at what a rank holds."""
+class Operations:
+    """PyTorch, operation by operation. Sharding is the caller's: these look at what a rank holds."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, order: Order) -> Tensor:
         """Of [.., h] over its last dim, with a weight [h]."""
-        ...
+        wide = x.float()
+        return weighted(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps), weight, order, x.dtype)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[s, b, n, d] with its leading dims rotated, halves against halves.
@@ -50,35 +51,18 @@ class Operations(Protocol):
         Args:
             cos, sin: [s, 1, 1, r], r at most d, both halves alike.
         """
-        ...
-
-    def gated(self, inner: Tensor, activation: str) -> Tensor:
-        """activation(gate) * up of [.., gate then up]."""
-        ...
-
-    def windowed_attention(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, window: int) -> Tensor:
-        """q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d]; position i sees i - window + 1 to i."""
-        ...
-
-
-class Plain:
-    """PyTorch, operation by operation."""
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, order: Order) -> Tensor:
-        wide = x.float()
-        return weighted(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps), weight, order, x.dtype)
-
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
         first, second = turned.chunk(2, dim=-1)
         turned = ((turned * cos) + (torch.cat((-second, first), dim=-1) * sin)).to(x.dtype)
         return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
 
     def gated(self, inner: Tensor, activation: str) -> Tensor:
+        """activation(gate) * up of [.., gate then up]."""
         gate, up = torch.chunk(inner, 2, dim=-1)
         return ACTIVATIONS[activation](gate) * up
 
     def windowed_attention(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, window: int) -> Tensor:
+        """q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d]; position i sees i - window + 1 to i."""
         parts = []
         for start in range(0, q.shape[2], window):  # the scores of one block of queries at a time
             stop, first = min(start + window, q.shape[2]), max(start - window + 1, 0)
@@ -97,10 +81,10 @@ class Plain:
         return torch.cat(parts, dim=2)
 
 
-PLAIN = Plain()
+PLAIN = Operations()
 
 
-class Fused(Plain):
+class Fused(Operations):
     """One kernel each, where there is one; on CUDA."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, order: Order) -> Tensor:

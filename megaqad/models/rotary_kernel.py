@@ -96,5 +96,5 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As ``operations.Plain.rotate``; FP32 inside, rounded once. The result is dense."""
+    """As ``Operations.rotate``; FP32 inside, rounded once. The result is dense."""
     return cast(Tensor, _Rotate.apply(x, cos, sin))

@@ -148,21 +148,17 @@ class _Source:
         else:
             equal = shard.new_zeros(*shard.shape[: cut.dim], longest, *shard.shape[cut.dim + 1 :])
             equal.narrow(cut.dim, 0, shard.shape[cut.dim]).copy_(shard)
-        together = equal.new_empty(ranks, *equal.shape) if self.ranks.tensor_rank == 0 else None
-        parts = None if together is None else list(together)
-        dist.gather(
-            _bytes(equal),
-            None if parts is None else [_bytes(part) for part in parts],
-            group=self.ranks.tensor_group,
-            group_dst=0,
-        )
-        if together is None or parts is None:
+        group = self.ranks.tensor_group
+        if self.ranks.tensor_rank > 0:
+            dist.gather(_bytes(equal), group=group, group_dst=0)
             return None
+        together = equal.new_empty(ranks, *equal.shape)
+        dist.gather(_bytes(equal), [_bytes(part) for part in together], group=group, group_dst=0)
         if cut.dim == 0 and all(cut.is_first(rank, ranks) for rank in range(ranks)):
             return together.flatten(0, 1)[:size]  # they lie one after the other already
         own = [
             part.narrow(cut.dim, 0, stop - start)
-            for rank, (part, (start, stop)) in enumerate(zip(parts, spans, strict=True))
+            for rank, (part, (start, stop)) in enumerate(zip(together, spans, strict=True))
             if cut.is_first(rank, ranks)
         ]
         return torch.cat(own, cut.dim)

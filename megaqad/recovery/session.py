@@ -116,7 +116,7 @@ class Session:
     def _say_what_is_compared(self) -> None:
         """Of a teacher with other ids than the student; refused where the data hold one that it lacks."""
         teacher_dir, ids = self.settings.teacher_dir, self.architecture.vocab_size
-        theirs = describe_model(teacher_dir).vocab_size
+        theirs = self.described(teacher_dir).vocab_size
         if theirs == ids:
             return
         if self.data.facts.largest_token >= theirs:
@@ -214,15 +214,24 @@ class Session:
         """The original model, frozen."""
         return self.frozen(self.settings.model_dir)
 
+    def described(self, model_dir: Path) -> Architecture:
+        """A checkpoint of any supported architecture as the teacher of a student of ``model``."""
+        if model_dir == self.settings.model_dir:
+            return self.architecture
+        return describe_model(model_dir).teaching(self.architecture.vocab_size)
+
     def frozen(self, model_dir: Path) -> Model:
-        """A checkpoint of any supported architecture in this run's layout, frozen; what a student of ``model`` can
-        learn from it."""
-        architecture = describe_model(model_dir).teaching(self.architecture.vocab_size)
+        """The same with its weights, in this run's layout."""
         random, fused = self.settings.has_random_weights, self.settings.runtime.fused
+        architecture = self.described(model_dir)
         model = build_model(architecture, self.ranks, dtype=self.dtype, fused=fused, initialize=random)
-        if not random:
+        return self.with_weights(model, model_dir).freeze()
+
+    def with_weights(self, model: Model, model_dir: Path) -> Model:
+        """The model with those of a checkpoint, or with the random ones that it was built with."""
+        if not self.settings.has_random_weights:
             load_weights(model, model_dir)
-        return model.freeze()
+        return model
 
     def _empty_student(self, plan: QuantizationPlan) -> Model:
         random = self.settings.has_random_weights
@@ -236,10 +245,7 @@ class Session:
 
     def original_student(self, plan: QuantizationPlan | None = None) -> Model:
         """The weights that the run starts from in a model with quantizers, not yet calibrated, quantizers off."""
-        student = self._empty_student(plan or self.plan)
-        if not self.settings.has_random_weights:
-            load_weights(student, self.settings.start_dir)
-        return student
+        return self.with_weights(self._empty_student(plan or self.plan), self.settings.start_dir)
 
     def calibrated_student(self, plan: QuantizationPlan | None = None) -> Model:
         """The post-training-quantized student: the weights that the run starts from, scales from training data where

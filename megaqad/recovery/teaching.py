@@ -11,7 +11,6 @@ from megaqad.distillation.hidden import HiddenLoss
 from megaqad.distillation.teachers import CachedTeacher, LiveTeacher, SelfTeacher, Teacher
 from megaqad.identity import model_fingerprint
 from megaqad.losses import Objective, build_objective
-from megaqad.models.families import describe_model
 from megaqad.models.load import load_head, original_values
 from megaqad.models.model import Model
 from megaqad.models.trainable import trained_share
@@ -90,7 +89,7 @@ def _head(session: Session) -> torch.Tensor | None:
     ranks, teacher_dir = session.ranks, session.settings.teacher_dir
     if not ranks.is_last_stage:
         return None
-    teacher = describe_model(teacher_dir).teaching(session.architecture.vocab_size)
+    teacher = session.described(teacher_dir)
     rows = load_head(teacher, teacher_dir, ranks.tensor_rank, ranks.sizes.tensor, session.dtype)
     return rows.to(ranks.device)
 

@@ -263,7 +263,10 @@ from pathlib import Path
 import torch
 from megaqad.export.client.checkpoint import open_export
 from megaqad.export.client.model import StreamedModel, WholeModel
-from tests.resident import peak_resident as peak
+from benchmarks.measure import resident
+
+def peak():
+    return resident("VmHWM")
 
 torch.set_num_threads(1)
 client = open_export(Path(sys.argv[1]))
